@@ -1,0 +1,20 @@
+"""gptjax: the GPT family in JAX/Flax.
+
+Array names end in their shape, one letter a dimension (Shazeer 2024, "Shape Suffixes"):
+
+| letter | meaning | | letter | meaning |
+|---|---|---|---|---|
+| B | rows of a batch (per device inside the step) | | K | width of one head |
+| L | query positions | | F | feed-forward width |
+| M | positions attended to (memory, cache) | | V | vocabulary |
+| D | model width | | C | classes or answer choices of a head |
+| H | heads | | N | layers (stacked axis) |
+| T | tokens of a batch, flattened (B * L) | | A | accumulation micro-batches |
+| P | local devices (pmap axis, always first) | | 1 | broadcast |
+
+Scalars and pytrees carry no suffix. Losses are nats per token unless the name says otherwise.
+"""
+
+from gptjax._version import __version__
+
+__all__ = ["__version__"]

@@ -1,0 +1,214 @@
+"""The ConfigDict edge: experiments speak ConfigDict, everything below speaks frozen dataclasses.
+
+Owns the conversion both ways, overrides from the command line, experiment files and their `:arg`.
+Defaults are written once, in the dataclasses of the rooms; an experiment starts from
+`to_config_dict(PretrainConfig())` and changes what it means to change. Imports no jax.
+"""
+
+import ast
+import dataclasses
+import functools
+import importlib.util
+import json
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from gptjax.errors import ConfigError, did_you_mean
+
+DataclassT = TypeVar("DataclassT")
+
+
+def to_config_dict(value: Any) -> ConfigDict:
+  """Converts a (nested) frozen dataclass to an unlocked-type, locked-key ConfigDict."""
+  config = ConfigDict(_to_plain(value), type_safe=False)
+  config.lock()
+  return config
+
+
+def to_json(value: Any) -> str:
+  """Writes a (nested) dataclass as indented JSON; `from_json` reads it back to an equal value."""
+  return json.dumps(_to_plain(value), indent=2, ensure_ascii=False) + "\n"
+
+
+def from_json(cls: type[DataclassT], text: str) -> DataclassT:
+  """Rebuilds the dataclass that `to_json` wrote. Raises ConfigError on an unknown key or type."""
+  return from_mapping(cls, json.loads(text))
+
+
+def from_config_dict(cls: type[DataclassT], config: ConfigDict) -> DataclassT:
+  """Freezes an experiment's ConfigDict into `cls`; every key must be a field of the right type."""
+  return from_mapping(cls, config.copy_and_resolve_references().to_dict())
+
+
+def from_mapping(cls: type[DataclassT], values: Mapping[str, Any], path: str = "") -> DataclassT:
+  """Builds dataclass `cls` from nested mappings, checking names and types.
+
+  Args:
+    cls: a dataclass whose fields are annotated with int, float, str, bool, tuple[X, ...],
+      Mapping[str, X], `X | None`, or other dataclasses.
+    values: may leave out fields that have defaults.
+    path: dotted prefix for messages.
+
+  Raises:
+    ConfigError: an unknown key (with the nearest one), a wrong type, a missing value.
+  """
+  hints = typing.get_type_hints(cls)
+  known = {field.name: field for field in dataclasses.fields(cls)}
+  for name in values:
+    if name not in known:
+      raise ConfigError(f'unknown config key "{path}{name}"{did_you_mean(name, known)}')
+  converted = {
+    name: _convert(hints[name], value, f"{path}{name}") for name, value in values.items()
+  }
+  try:
+    return cls(**converted)
+  except TypeError as error:
+    raise ConfigError(f"config {path.rstrip('.') or cls.__name__}: {error}") from error
+
+
+def _to_plain(value: Any) -> Any:
+  if dataclasses.is_dataclass(value):
+    return {f.name: _to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+  if isinstance(value, Mapping):
+    return {key: _to_plain(item) for key, item in value.items()}
+  if isinstance(value, tuple):
+    return tuple(_to_plain(item) for item in value)
+  return value
+
+
+def _convert(hint: Any, value: Any, path: str) -> Any:
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (types.UnionType, typing.Union):
+    if value is None:
+      return None
+    (hint,) = [arg for arg in args if arg is not type(None)]
+    return _convert(hint, value, path)
+  if dataclasses.is_dataclass(hint):
+    if isinstance(value, hint):
+      return value
+    _require(isinstance(value, Mapping), path, value, "a group of keys")
+    return from_mapping(hint, value, f"{path}.")
+  if origin is tuple:
+    _require(isinstance(value, list | tuple), path, value, "a list")
+    return tuple(_convert(args[0], item, f"{path}[{i}]") for i, item in enumerate(value))
+  if origin is not None and issubclass(origin, Mapping):
+    _require(isinstance(value, Mapping), path, value, "a mapping")
+    return {str(key): _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
+  if hint is float:
+    _require(isinstance(value, int | float) and not isinstance(value, bool), path, value, "a number")
+    return float(value)
+  if hint is int and isinstance(value, float) and value.is_integer():
+    return int(value)
+  _require(
+    isinstance(value, hint) and (hint is bool or not isinstance(value, bool)),
+    path,
+    value,
+    {"int": "a whole number", "str": "a string", "bool": "True or False"}.get(hint.__name__, "?"),
+  )
+  return value
+
+
+def _require(condition: bool, path: str, value: Any, expected: str) -> None:
+  if not condition:
+    raise ConfigError(f"config key {path} is {value!r}; it must be {expected}")
+
+
+def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
+  """Sets dotted keys of `config` from command-line text, in place.
+
+  Args:
+    config: as an experiment's get_config returned it.
+    overrides: {"model.num_layers": "3", "data.files": '["a.txt"]'}; values are Python or JSON
+      literals, and text that is neither is a string.
+
+  Raises:
+    ConfigError: the key does not exist (with the nearest one), or a group is overwritten.
+  """
+  for dotted, text in overrides.items():
+    group, names = config, dotted.split(".")
+    for depth, name in enumerate(names):
+      if not isinstance(group, ConfigDict) or name not in group:
+        keys = [".".join([*names[:depth], key]) for key in group] if hasattr(group, "keys") else []
+        raise ConfigError(f'unknown config key "{dotted}"{did_you_mean(dotted, keys)}')
+      if depth < len(names) - 1:
+        group = group[name]
+    value = parse_literal(text, wants_text=isinstance(group[names[-1]], str))
+    if isinstance(group[names[-1]], ConfigDict) and not isinstance(value, dict):
+      raise ConfigError(f'config key "{dotted}" is a group; set one of its keys instead')
+    with group.unlocked():
+      group[names[-1]] = value
+
+
+def parse_literal(text: str, wants_text: bool = False) -> Any:
+  """Reads a command-line value: JSON's true/false/null, Python literals, otherwise text."""
+  words = {"true": True, "false": False, "null": None, "none": None}
+  if wants_text and not (text[:1] in "'\"" and text[-1:] == text[:1]):
+    return text
+  if text.lower() in words:
+    return words[text.lower()]
+  try:
+    return ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    try:
+      return json.loads(text)
+    except json.JSONDecodeError:
+      return text
+
+
+def load_experiment(spec: str, overrides: Mapping[str, str] | None = None) -> ConfigDict:
+  """Runs `get_config` of an experiment file given as `path/to/file.py[:arg]`.
+
+  Raises:
+    ConfigError: no such file, no get_config in it, or an override that does not fit.
+  """
+  path, _, arg = spec.partition(":")
+  config = load_experiment_module(path).get_config(arg or None)
+  apply_overrides(config, overrides or {})
+  return config
+
+
+@functools.cache
+def load_experiment_module(path: str) -> types.ModuleType:
+  """Imports an experiment file from its path."""
+  file = Path(path)
+  if not file.is_file():
+    siblings = [str(p) for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
+    raise ConfigError(f'no experiment file "{path}"{did_you_mean(path, siblings)}')
+  module_spec = importlib.util.spec_from_file_location(f"gptjax_experiment_{file.stem}", file)
+  module = importlib.util.module_from_spec(module_spec)
+  module_spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise ConfigError(f'"{path}" has no get_config(arg); see experiments/shakespeare.py')
+  return module
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:
+  """Reads an experiment's `:arg`: `tiny`, `size=medium,steps=100`, or `medium`.
+
+  Args:
+    arg: comma-separated `key=value`, or a bare word: a boolean's name switches it on, and one
+      other bare word, first, is the value of the first key that is not a boolean.
+    **defaults: every admissible key with its default, whose type the value must have.
+
+  Raises:
+    ConfigError: a leftover, with the nearest key.
+  """
+  values = dict(defaults)
+  unnamed = next((key for key, value in defaults.items() if not isinstance(value, bool)), None)
+  for i, item in enumerate(filter(None, (arg or "").split(","))):
+    key, has_value, text = item.partition("=")
+    if not has_value and isinstance(defaults.get(key), bool):
+      values[key] = True
+    elif not has_value and i == 0 and unnamed:
+      values[unnamed] = _convert(type(defaults[unnamed]), parse_literal(key), unnamed)
+    elif has_value and key in defaults:
+      kind = type(defaults[key])
+      values[key] = _convert(kind, parse_literal(text, wants_text=kind is str), key)
+    else:
+      raise ConfigError(f'experiment argument "{item}" is unknown{did_you_mean(key, defaults)}')
+  return types.SimpleNamespace(**values)

@@ -1,0 +1,81 @@
+"""DataConfig: which text, which tokenizer, how it is cut into rows."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from gptjax.errors import ConfigError, check_choice
+
+
+@dataclasses.dataclass(frozen=True)
+class CorpusConfig:
+  """Where one corpus comes from: text files, token files, or a `datasets` hub name.
+
+  Attributes:
+    files: training text: paths and globs of txt, jsonl, jsonl.gz, csv, parquet. A txt file is
+      one document; each record of the others is one.
+    token_files: training tokens already made: nanoGPT's raw uint16 .bin or llm.c's format.
+    hub: a `datasets` hub name, "name" or "name:configuration", streamed.
+    hub_split, hub_valid_split: its splits; no validation split means valid_fraction of documents.
+    text_column: the field of jsonl, csv, parquet and hub records that holds the text.
+    valid_files, valid_token_files: held-out counterparts of files and token_files.
+    valid_fraction: without held-out files, this fraction of the documents is drawn for
+      validation; of a single document, its last part.
+    weight: share of this corpus in a mixture.
+  """
+
+  files: tuple[str, ...] = ()
+  token_files: tuple[str, ...] = ()
+  hub: str = ""
+  hub_split: str = "train"
+  hub_valid_split: str = ""
+  text_column: str = "text"
+  valid_files: tuple[str, ...] = ()
+  valid_token_files: tuple[str, ...] = ()
+  valid_fraction: float = 0.1
+  weight: float = 1.0
+
+  def __post_init__(self):
+    if not 0 <= self.valid_fraction < 1:
+      raise ConfigError(f"data.valid_fraction is {self.valid_fraction}; it must be in [0, 1)")
+    if self.weight < 0:
+      raise ConfigError(f"data weight is {self.weight}; it must not be negative")
+
+  @property
+  def is_empty(self) -> bool:
+    return not (self.files or self.token_files or self.hub)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(CorpusConfig):
+  """One corpus (its own fields) or a mixture of them, with a tokenizer and a row format.
+
+  Attributes:
+    mixture: {name: CorpusConfig}; used instead of this config's own corpus fields.
+    tokenizer: "char", "bpe" (trained on the corpus), or a path: a tokenizer.json, a folder with
+      one, or a folder with GPT-2's encoder.json and vocab.bpe.
+    vocab_size: entries of a "bpe" tokenizer to train, end token included.
+    end_token: text of the token that ends each document; "" joins documents without one.
+    rows: "stream" cuts rows from documents joined by the end token (GPT-3); "packed" puts whole
+      documents (or context-long pieces) side by side, with segment ids that attention respects.
+    cache_dir: where token files are built, one folder per fingerprint.
+    build_processes: processes that tokenize; None is one per core.
+  """
+
+  mixture: Mapping[str, CorpusConfig] = dataclasses.field(default_factory=dict)
+  tokenizer: str = "bpe"
+  vocab_size: int = 4096
+  end_token: str = "<|endoftext|>"
+  rows: str = "stream"
+  cache_dir: str = "data/tokens"
+  build_processes: int | None = None
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_choice("data.rows", self.rows, ("stream", "packed"))
+    if self.mixture and not self.is_empty:
+      raise ConfigError("data.mixture and data.files/token_files/hub are both set; keep one")
+
+  @property
+  def corpora(self) -> Mapping[str, CorpusConfig]:
+    """The corpora to build by name: the mixture, or this config itself as "corpus"."""
+    return self.mixture or {"corpus": self}

@@ -1,0 +1,191 @@
+"""Configs of training: optimiser, loop, evaluation, and the whole of a pretraining run."""
+
+import dataclasses
+from collections.abc import Mapping
+
+from gptjax.data.config import DataConfig
+from gptjax.errors import ConfigError, check_choice
+from gptjax.model.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """The update rule and its schedule.
+
+  Values marked [traced] are leaves of the train state: changing them compiles nothing.
+
+  Attributes:
+    name: "adamw"; "muon" (hidden matrices by Muon, the rest by AdamW).
+    learning_rate: peak rate [traced].
+    schedule: "cosine", "linear", "constant", "wsd" (warm-up, stable, decay), "gpt1"
+      (linear to 0 from step 0, times the warm-up ramp: Radford et al. 2018, released code).
+    end_fraction: final rate as a fraction of the peak [traced]; the schedule "gpt1" ends at 0.
+    warmup_steps: linear warm-up [traced]; or warmup_tokens, or warmup_fraction of the run.
+    decay_steps: length of the decay [traced]; None: cosine and linear decay over all that
+      follows the warm-up, "wsd" over the last fifth of the run. Or decay_tokens.
+    weight_decay: decoupled, times the learning rate [traced].
+    decay_pattern: regular expression; parameters whose path matches are decayed.
+    beta1, beta2, epsilon: Adam's [traced].
+    clip_norm: global gradient norm is clipped to this [traced]; 0 is off.
+    muon_learning_rate: peak rate of Muon's matrices, same schedule [traced].
+    muon_momentum: Nesterov momentum of Muon [traced].
+    muon_steps: Newton-Schulz iterations.
+    ema_decay: decay of an average of the parameters, which evaluation and saving use; 0 is off.
+  """
+
+  name: str = "adamw"
+  learning_rate: float = 6e-4
+  schedule: str = "cosine"
+  end_fraction: float = 0.1
+  warmup_steps: int | None = None
+  warmup_tokens: int | None = None
+  warmup_fraction: float | None = None
+  decay_steps: int | None = None
+  decay_tokens: int | None = None
+  weight_decay: float = 0.1
+  decay_pattern: str = r"(kernel|embedding)$"
+  beta1: float = 0.9
+  beta2: float = 0.95
+  epsilon: float = 1e-8
+  clip_norm: float = 1.0
+  muon_learning_rate: float = 0.02
+  muon_momentum: float = 0.95
+  muon_steps: int = 5
+  ema_decay: float = 0.0
+
+  def __post_init__(self):
+    check_choice("optimizer.name", self.name, ("adamw", "muon"))
+    check_choice(
+      "optimizer.schedule", self.schedule, ("cosine", "linear", "constant", "wsd", "gpt1")
+    )
+    warmups = (self.warmup_steps, self.warmup_tokens, self.warmup_fraction)
+    if sum(value is not None for value in warmups) > 1:
+      raise ConfigError("set only one of optimizer.warmup_steps, _tokens and _fraction")
+    if self.decay_steps is not None and self.decay_tokens is not None:
+      raise ConfigError("set only one of optimizer.decay_steps and optimizer.decay_tokens")
+    for key in ("beta1", "beta2", "muon_momentum", "ema_decay"):
+      if not 0 <= getattr(self, key) < 1:
+        raise ConfigError(f"optimizer.{key} is {getattr(self, key)}; it must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """The run: how long, how many rows, on which devices.
+
+  Attributes:
+    num_steps: updates; or num_tokens, or num_epochs (exactly one of the three).
+    batch_rows: rows of a global batch, over all devices and micro-batches.
+    accumulation: micro-batches that one update sums, exactly, whatever their weights.
+    ramp_start_rows, ramp_tokens: grow the batch linearly from ramp_start_rows to batch_rows
+      over the first ramp_tokens tokens (GPT-3); 0 is off.
+    z_loss: coefficient of logsumexp squared, averaged over tokens [traced].
+    loss_chunk_tokens: the head and the loss run over chunks of this many tokens, so that the
+      logits of a whole batch never exist; 0 computes them at once.
+    mode: "pmap" (replicated data parallelism) or "mesh" (axes data x fsdp x tensor).
+    mesh_data, mesh_fsdp, mesh_tensor: its sizes; one of them may be -1: what is left.
+    host_devices: devices that a CPU shows; small models train fastest on one per core.
+    matmul_precision: "default", or "highest" for true float32 on TPU and GPU.
+    coordinator, num_processes, process_id: several processes; detected on TPU pods and SLURM.
+    distributed_timeout_seconds: how long to wait for the other processes.
+    log_every_steps: a line of metrics.jsonl and a refreshed progress bar.
+    save_every_steps: checkpoints; the last step is always saved. None: at each evaluation.
+    keep_latest: newest checkpoints kept, besides the best and every keep_every_steps-th (0: none).
+    skip_nonfinite: leave the state as it was when loss or gradient is not finite.
+    spike_sigmas: also skip a step whose loss or gradient norm lies this many deviations above
+      its running mean; 0 is off.
+    max_bad_steps: stop after this many skipped steps in a row.
+    trackers: besides metrics.jsonl: "tensorboard", "wandb".
+    profile_start_step, profile_num_steps: write a profiler trace; 0 steps is off.
+    peak_flops_per_second: of one device, for the utilisation; None is looked up or, on CPU,
+      measured with a matrix product.
+  """
+
+  num_steps: int | None = None
+  num_tokens: int | None = None
+  num_epochs: float | None = None
+  batch_rows: int = 32
+  accumulation: int = 1
+  ramp_start_rows: int = 0
+  ramp_tokens: int = 0
+  z_loss: float = 0.0
+  loss_chunk_tokens: int = 0
+  mode: str = "pmap"
+  mesh_data: int = -1
+  mesh_fsdp: int = 1
+  mesh_tensor: int = 1
+  host_devices: int = 2
+  matmul_precision: str = "default"
+  coordinator: str = ""
+  num_processes: int | None = None
+  process_id: int | None = None
+  distributed_timeout_seconds: int = 300
+  log_every_steps: int = 10
+  save_every_steps: int | None = None
+  keep_latest: int = 2
+  keep_every_steps: int = 0
+  skip_nonfinite: bool = True
+  spike_sigmas: float = 0.0
+  max_bad_steps: int = 10
+  trackers: tuple[str, ...] = ()
+  profile_start_step: int = 10
+  profile_num_steps: int = 0
+  peak_flops_per_second: float | None = None
+
+  def __post_init__(self):
+    check_choice("train.mode", self.mode, ("pmap", "mesh"))
+    check_choice("train.matmul_precision", self.matmul_precision, ("default", "highest"))
+    for tracker in self.trackers:
+      check_choice("train.trackers", tracker, ("tensorboard", "wandb"))
+    lengths = (self.num_steps, self.num_tokens, self.num_epochs)
+    if sum(value is not None for value in lengths) > 1:
+      raise ConfigError("set only one of train.num_steps, train.num_tokens, train.num_epochs")
+    for key in ("batch_rows", "accumulation", "host_devices", "log_every_steps", "keep_latest"):
+      if getattr(self, key) < 1:
+        raise ConfigError(f"train.{key} is {getattr(self, key)}; it must be at least 1")
+    if self.batch_rows % self.accumulation:
+      raise ConfigError(
+        f"train.batch_rows {self.batch_rows} is not a multiple of"
+        f" train.accumulation {self.accumulation}"
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """What the loop runs now and then.
+
+  Attributes:
+    every_steps: steps between evaluations; the last step is always evaluated.
+    max_rows: rows of the validation split to score; 0 is all of them.
+    batch_rows: rows scored at a time.
+    sample_prompts: texts to continue at each evaluation, into samples.txt.
+    sample_tokens: new tokens of each.
+    sample_temperature: temperature of the draw; 0 is greedy.
+  """
+
+  every_steps: int = 250
+  max_rows: int = 0
+  batch_rows: int = 32
+  sample_prompts: tuple[str, ...] = ("",)
+  sample_tokens: int = 100
+  sample_temperature: float = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+  """A whole pretraining run.
+
+  Attributes:
+    model, data, optimizer, train, eval: the groups.
+    seed: of initialisation, data order, dropout and samples.
+    init_from: a model to start from (run directory or Hugging Face folder); "" is from scratch.
+    tags: free notes kept with the run: {"paper": "..."}.
+  """
+
+  model: ModelConfig = ModelConfig()
+  data: DataConfig = DataConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  train: TrainConfig = TrainConfig()
+  eval: EvalConfig = EvalConfig()
+  seed: int = 0
+  init_from: str = ""
+  tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
