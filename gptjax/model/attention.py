@@ -1,0 +1,161 @@
+"""Attention: what may be seen, and one function that picks the kernel.
+
+cuDNN on GPU, the Pallas splash kernel on TPU, XLA elsewhere and wherever the kernels do not
+apply (dropout on the weights, odd lengths). All of them agree; the tests run Pallas interpreted.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.model.config import ModelConfig
+
+MASKED = -1e30  # finite: a row that sees nothing must not become NaN
+
+
+def self_attention_mask(
+  length: int, window: int | None, segment_ids_BL: jax.Array | None = None
+) -> jax.Array:
+  """Returns who sees whom within rows: bool [1 or B, 1, L, L].
+
+  Args:
+    length: L; causality goes by the place in the row.
+    window: a query sees itself and the window - 1 tokens before; None sees all before.
+    segment_ids_BL: tokens see only their own segment; None is one segment a row.
+  """
+  index_L = jnp.arange(length)
+  distance_LL = index_L[:, None] - index_L[None, :]
+  mask_11LL = (distance_LL >= 0)[None, None]
+  if window is not None:
+    mask_11LL &= (distance_LL < window)[None, None]
+  if segment_ids_BL is None:
+    return mask_11LL
+  return mask_11LL & (segment_ids_BL[:, None, :, None] == segment_ids_BL[:, None, None, :])
+
+
+def masked_attention(
+  query_BLHK: jax.Array,
+  key_BMHK: jax.Array,
+  value_BMHK: jax.Array,
+  mask: jax.Array,
+  scale: float | jax.Array,
+  dropout_rate: float = 0.0,
+  key: jax.Array | None = None,
+) -> jax.Array:
+  """Scaled dot-product attention in plain XLA; scores and softmax in float32.
+
+  Args:
+    query_BLHK, key_BMHK, value_BMHK: compute dtype.
+    mask: bool, broadcastable to [B, H, L, M]; True is seen.
+    scale: scores are multiplied by it.
+    dropout_rate, key: dropout on the weights; no key, no dropout.
+
+  Returns:
+    [B, L, H, K] in the dtype of value. Source: Vaswani et al. 2017, section 3.2.1.
+  """
+  scores_BHLM = jnp.einsum(
+    "blhk,bmhk->bhlm", query_BLHK * scale, key_BMHK, preferred_element_type=jnp.float32
+  )
+  weights_BHLM = jax.nn.softmax(jnp.where(mask, scores_BHLM, MASKED), axis=-1)
+  weights_BHLM = dropout(weights_BHLM, dropout_rate, key).astype(value_BMHK.dtype)
+  return jnp.einsum("bhlm,bmhk->blhk", weights_BHLM, value_BMHK)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  """Zeroes entries at `rate` and rescales the rest; the identity without a key or a rate."""
+  if key is None or not rate:
+    return x
+  kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+  return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
+
+
+def self_attention(
+  query_BLHK: jax.Array,
+  key_BLHK: jax.Array,
+  value_BLHK: jax.Array,
+  config: ModelConfig,
+  *,
+  scale: float | jax.Array,
+  window: int | None = None,
+  segment_ids_BL: jax.Array | None = None,
+  key: jax.Array | None = None,
+) -> jax.Array:
+  """Attends causally within each row, by the kernel that config and backend choose.
+
+  Returns:
+    [B, L, H, K] in the compute dtype.
+  """
+  length = query_BLHK.shape[1]
+  has_dropout = key is not None and config.attention_dropout > 0
+  kernel = choose_kernel(config, length, query_BLHK.dtype, has_dropout, jax.default_backend())
+  if kernel == "pallas":
+    return _splash_attention(query_BLHK, key_BLHK, value_BLHK, scale, window, segment_ids_BL)
+  mask = self_attention_mask(length, window, segment_ids_BL)
+  if kernel == "cudnn":
+    return jax.nn.dot_product_attention(
+      query_BLHK * scale, key_BLHK, value_BLHK, mask=mask, scale=1.0, implementation="cudnn"
+    )
+  rate = config.attention_dropout
+  return masked_attention(query_BLHK, key_BLHK, value_BLHK, mask, scale, rate, key)
+
+
+def choose_kernel(
+  config: ModelConfig, length: int, dtype: jnp.dtype, has_dropout: bool, backend: str
+) -> str:
+  """Names the kernel for one shape: what config asks for, or under "auto" the backend's own.
+
+  cuDNN takes 16-bit types only; splash takes lengths that are multiples of its 128 lanes; neither
+  drops attention weights, so training with attention dropout falls back to XLA.
+  """
+  if config.attention_implementation != "auto":
+    return config.attention_implementation
+  if has_dropout:
+    return "xla"
+  if backend == "gpu" and dtype == jnp.bfloat16:
+    return "cudnn"
+  if backend == "tpu" and length % 128 == 0:
+    return "pallas"
+  return "xla"
+
+
+def _splash_attention(query_BLHK, key_BLHK, value_BLHK, scale, window, segment_ids_BL):
+  """Runs the TPU kernel a row at a time; elsewhere interpreted, for tests."""
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+  _, length, num_heads, _ = query_BLHK.shape
+  kernel = _splash_kernel(num_heads, length, window, jax.default_backend() != "tpu")
+  # The kernel wants heads first and does not scale the scores.
+  query, key, value = (
+    jnp.swapaxes(x, 1, 2) for x in (query_BLHK * scale, key_BLHK, value_BLHK)
+  )
+  if segment_ids_BL is None:
+    out_BHLK = jax.vmap(lambda q, k, v: kernel(q, k, v))(query, key, value)
+  else:
+    ids = splash.SegmentIds(q=segment_ids_BL, kv=segment_ids_BL)
+    out_BHLK = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=s))(query, key, value, ids)
+  return jnp.swapaxes(out_BHLK, 1, 2).astype(value_BLHK.dtype)
+
+
+@functools.cache
+def _splash_kernel(num_heads: int, length: int, window: int | None, interpret: bool):
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+  shape = (length, length)
+  mask = splash.CausalMask(shape) if window is None else splash.LocalMask(shape, (window - 1, 0), 0)
+  block = next(size for size in (512, 384, 256, 128) if length % size == 0)
+  sizes = splash.BlockSizes(
+    block_q=block,
+    block_kv=block,
+    block_kv_compute=block,
+    block_q_dkv=block,
+    block_kv_dkv=block,
+    block_kv_dkv_compute=block,
+    block_q_dq=block,
+    block_kv_dq=block,
+  )
+  # The mask tables are built from concrete NumPy data even when the caller is being traced.
+  with jax.ensure_compile_time_eval():
+    return splash.make_splash_mha_single_device(
+      splash.MultiHeadMask([mask] * num_heads), block_sizes=sizes, interpret=interpret
+    )
