@@ -1,0 +1,171 @@
+"""AdamW and Muon from optax parts, with every value that may vary traced.
+
+`hyperparameters` makes the float32 scalars that the train state carries; `make_optimizer` is
+called inside the step, with those scalars and the step, so that changing any of them compiles
+nothing. What the config alone decides (the rule, the schedule's shape, which paths decay, the
+Newton-Schulz iterations) is static.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from gptjax.train.config import OptimizerConfig
+from gptjax.train.schedule import Durations, learning_rate_factor
+from gptjax.tree import PyTree, map_named
+
+# Hidden matrices, stacked [N, in, out]; embeddings, heads, norms and biases stay with AdamW.
+MUON_PATTERN = r"^decoder/layers/.*kernel$"
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+@struct.dataclass
+class Hyperparameters:
+  """Traced float32 scalars of the optimiser, the schedule and the loss.
+
+  Attributes are those of OptimizerConfig (and TrainConfig.z_loss), durations in steps.
+  """
+
+  learning_rate: jax.Array
+  end_fraction: jax.Array
+  total_steps: jax.Array
+  warmup_steps: jax.Array
+  decay_steps: jax.Array
+  weight_decay: jax.Array
+  beta1: jax.Array
+  beta2: jax.Array
+  epsilon: jax.Array
+  clip_norm: jax.Array
+  muon_learning_rate: jax.Array
+  muon_momentum: jax.Array
+  ema_decay: jax.Array
+  z_loss: jax.Array
+
+
+def hyperparameters(
+  config: OptimizerConfig, durations: Durations, *, z_loss: float
+) -> Hyperparameters:
+  """Makes the traced scalars of a run from its config and `schedule.resolve_durations`."""
+  return Hyperparameters(
+    learning_rate=jnp.float32(config.learning_rate),
+    end_fraction=jnp.float32(config.end_fraction),
+    total_steps=jnp.float32(durations.total_steps),
+    warmup_steps=jnp.float32(durations.warmup_steps),
+    decay_steps=jnp.float32(durations.decay_steps),
+    weight_decay=jnp.float32(config.weight_decay),
+    beta1=jnp.float32(config.beta1),
+    beta2=jnp.float32(config.beta2),
+    epsilon=jnp.float32(config.epsilon),
+    clip_norm=jnp.float32(config.clip_norm),
+    muon_learning_rate=jnp.float32(config.muon_learning_rate),
+    muon_momentum=jnp.float32(config.muon_momentum),
+    ema_decay=jnp.float32(config.ema_decay),
+    z_loss=jnp.float32(z_loss),
+  )
+
+
+def learning_rate(config: OptimizerConfig, hyper: Hyperparameters, step: jax.Array) -> jax.Array:
+  """Returns the rate of update number `step` (of AdamW's parameters), for metrics."""
+  return hyper.learning_rate * learning_rate_factor(config.schedule, hyper, step)
+
+
+def make_optimizer(
+  config: OptimizerConfig, hyper: Hyperparameters, *, step: jax.Array
+) -> optax.GradientTransformation:
+  """Builds the update rule inside a trace.
+
+  Gradients are clipped together, by the norm over all parameters. Weight decay is decoupled and
+  goes by path, since stacked norm scales have two dimensions like a matrix.
+
+  Args:
+    config: static choices.
+    hyper: traced values; they leave the structure of the state alone.
+    step: int32 scalar, completed updates. It drives the schedule, so that a skipped update does
+      not delay the decay; Adam's own count of updates drives only its bias correction.
+
+  Returns:
+    A transformation whose `update` needs params, for the decay. `init` may use any step.
+  """
+  factor = learning_rate_factor(config.schedule, hyper, step)
+  decay = optax.add_decayed_weights(
+    hyper.weight_decay,
+    mask=lambda params: map_named(
+      lambda name, _: bool(re.search(config.decay_pattern, name)), params
+    ),
+  )
+  clip = optax.clip_by_global_norm(jnp.where(hyper.clip_norm > 0, hyper.clip_norm, jnp.inf))
+  adamw = optax.chain(
+    optax.scale_by_adam(hyper.beta1, hyper.beta2, hyper.epsilon),
+    decay,
+    optax.scale_by_learning_rate(hyper.learning_rate * factor),
+  )
+  if config.name == "adamw":
+    return optax.chain(clip, adamw)
+  muon = optax.chain(
+    scale_by_muon(hyper.muon_momentum, config.muon_steps),
+    decay,
+    optax.scale_by_learning_rate(hyper.muon_learning_rate * factor),
+  )
+  return optax.chain(clip, optax.partition({"adamw": adamw, "muon": muon}, _rule_of_paths))
+
+
+def _rule_of_paths(params: PyTree) -> PyTree:
+  """Labels each parameter with the rule that updates it."""
+  return map_named(lambda name, _: "muon" if re.search(MUON_PATTERN, name) else "adamw", params)
+
+
+def scale_by_muon(momentum: jax.Array, num_steps: int) -> optax.GradientTransformation:
+  """Orthogonalises the Nesterov momentum of matrices [..., in, out] (Jordan et al. 2024).
+
+  The result is scaled by sqrt(max(1, out / in)), as in Jordan's code and optax's default, so that
+  its effect on the root mean square of the output does not depend on the shape.
+
+  optax.contrib.muon differs in Adam's bias correction of the momentum, which changes the balance
+  of gradient and momentum in the first updates only, and keeps the coefficients in its state.
+  """
+
+  def orthogonalize(update):
+    rows, columns = update.shape[-2:]
+    return newton_schulz(update, num_steps) * max(1.0, columns / rows) ** 0.5
+
+  return optax.chain(
+    optax.trace(momentum, nesterov=True),
+    optax.stateless(lambda updates, _: jax.tree.map(orthogonalize, updates)),
+  )
+
+
+def newton_schulz(matrices: jax.Array, num_steps: int) -> jax.Array:
+  """Moves the singular values of matrices [..., rows, columns] near 1, keeping their vectors.
+
+  The quintic iteration X <- (a I + b A + c A^2) X, A = X X^T, whose coefficients are chosen for
+  speed: five steps leave singular values within about [0.7, 1.2], not at 1.
+  """
+  if matrices.shape[-2] > matrices.shape[-1]:  # A must be the smaller of the two Gram matrices.
+    return newton_schulz(matrices.mT, num_steps).mT
+  a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+  norm = jnp.linalg.norm(matrices, axis=(-2, -1), keepdims=True)
+  x = matrices / (norm + 1e-7)
+  for _ in range(num_steps):
+    gram = x @ x.mT
+    x = a * x + (b * gram + c * (gram @ gram)) @ x
+  return x
+
+
+def ema_update(ema: PyTree, params: PyTree, decay: jax.Array, step: jax.Array) -> PyTree:
+  """Moves an average of the parameters towards them.
+
+  The decay in effect is min(decay, (1 + step) / (10 + step)) (TensorFlow's
+  ExponentialMovingAverage), so that the initial values fade early; a bias correction would need
+  an average started at 0, which evaluation could not use at step 0.
+
+  Args:
+    ema, params: trees of one structure; start with ema = params.
+    decay: float32 scalar in [0, 1).
+    step: int32 scalar, updates completed before the one that made `params`.
+  """
+  step = jnp.asarray(step, jnp.float32)
+  decay = jnp.minimum(decay, (1 + step) / (10 + step))
+  return jax.tree.map(lambda average, value: average + (1 - decay) * (value - average), ema, params)
