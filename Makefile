@@ -42,6 +42,7 @@ $(VENV)/installed-test $(VENV)/installed-test_hf: $(VENV)/installed-%: $(INSTALL
 	@touch $@
 
 setup: $(INSTALLED)  ## make .venv and install gptjax into it
+	@echo "gptjax is installed in $(VENV), with jax for $(JAX_BUILD)"
 
 data: $(INSTALLED)  ## fetch Shakespeare's works, hash-checked, into data/shakespeare
 	$(BIN)/python -m gptjax.data.shakespeare data/shakespeare
