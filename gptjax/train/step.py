@@ -1,0 +1,278 @@
+"""The train state and the one step: pure, written once, run by pmap or on a mesh.
+
+Sums are divided once, after all micro-batches and devices were added, so that the update does not
+depend on how the rows were dealt out.
+"""
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.flatten_util import ravel_pytree
+
+from gptjax.batch import Batch
+from gptjax.model.config import ModelConfig
+from gptjax.model.decoder import hidden_states
+from gptjax.model.heads import lm_head
+from gptjax.train.config import OptimizerConfig
+from gptjax.train.loss import Sums, chunked_next_token_loss
+from gptjax.train.optimizer import Hyperparameters, ema_update, learning_rate, make_optimizer
+from gptjax.tree import named_leaves
+
+PyTree = Any
+
+# Spikes are judged against running means over about this many good steps, once as many were seen.
+SPIKE_MEMORY_STEPS = 50
+
+
+class Objective(Protocol):
+  """What a run minimises: named sums over rows, and what to divide them by."""
+
+  def weights(self, batch: Batch) -> dict[str, jax.Array]:
+    """Returns the weight of each term in a batch; it depends on the batch alone."""
+
+  def __call__(
+    self, params: PyTree, batch: Batch, hyper: Hyperparameters, key: jax.Array | None
+  ) -> tuple[dict[str, jax.Array], Sums]:
+    """Returns ({term: sum to differentiate}, {name: (sum, weight)} to report).
+
+    Each term is divided by its weight over the whole global batch, and the terms are added.
+    """
+
+
+class LanguageModelObjective:
+  """Next-token cross-entropy, plus the z-loss.
+
+  Args:
+    config: the architecture.
+    chunk_tokens: as TrainConfig.loss_chunk_tokens.
+  """
+
+  def __init__(self, config: ModelConfig, chunk_tokens: int = 0):
+    self._config = config
+    self._chunk_tokens = chunk_tokens
+
+  def weights(self, batch: Batch) -> dict[str, jax.Array]:
+    return {"loss": jnp.sum(batch.weights_BL)}
+
+  def __call__(self, params, batch, hyper, key):
+    hidden_BLD = hidden_states(params["decoder"], batch, self._config, key)
+    kernel_VD, bias_V = lm_head(params, self._config)
+    total, sums = chunked_next_token_loss(
+      hidden_BLD.reshape(-1, self._config.model_dim),
+      kernel_VD,
+      bias_V,
+      batch.targets_BL.reshape(-1),
+      batch.weights_BL.reshape(-1),
+      tied=True,
+      vocab_size=self._config.vocab_size,
+      z_loss=hyper.z_loss,
+      chunk_tokens=self._chunk_tokens,
+    )
+    return {"loss": total}, sums
+
+
+@struct.dataclass
+class Health:
+  """Counts of skipped steps, and running moments of loss and gradient norm (index 0 and 1)."""
+
+  skipped: jax.Array
+  skipped_in_row: jax.Array
+  good_steps: jax.Array
+  mean_2: jax.Array
+  square_2: jax.Array
+
+
+@struct.dataclass
+class TrainState:
+  """Everything a run carries from step to step; a checkpoint is this and nothing else.
+
+  Attributes:
+    step: int32, completed updates, skipped ones included.
+    params: {"decoder", "lm_head", ...}, float32.
+    opt_state: of the optimiser.
+    hyper: traced hyperparameters; changing them compiles nothing.
+    key: typed PRNG key of the run; step k uses fold_in(key, k).
+    ema: average of the parameters, or None.
+    health: what the guard against bad steps remembers.
+  """
+
+  step: jax.Array
+  params: PyTree
+  opt_state: PyTree
+  hyper: Hyperparameters
+  key: jax.Array
+  ema: PyTree | None
+  health: Health
+
+  @property
+  def eval_params(self) -> PyTree:
+    """The parameters that evaluation and export use: the average where there is one."""
+    return self.params if self.ema is None else self.ema
+
+
+def init_state(
+  params: PyTree, config: OptimizerConfig, hyper: Hyperparameters, key: jax.Array
+) -> TrainState:
+  """Makes the state before the first step."""
+  step, two = jnp.int32(0), jnp.zeros(2, jnp.float32)
+  return TrainState(
+    step=step,
+    params=params,
+    opt_state=make_optimizer(config, hyper, step=step).init(params),
+    hyper=hyper,
+    key=key,
+    ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None,
+    health=Health(step, step, step, two, two),
+  )
+
+
+def make_train_step(
+  objective: Objective,
+  config: OptimizerConfig,
+  *,
+  skip_nonfinite: bool = True,
+  spike_sigmas: float = 0.0,
+) -> Callable:
+  """Returns `train_step(state, batch, *, axis_name) -> (state, metrics)`.
+
+  Inside the step batch arrays are [A, B, L]: A micro-batches, of this device under pmap. Metrics
+  are scalars: train_loss (nats a token), every reported mean, grad_norm, learning_rate, tokens,
+  is_skipped, skipped, skipped_in_row.
+
+  Args:
+    objective: what is minimised.
+    config: static choices of the optimiser.
+    skip_nonfinite: leave the state alone when loss or gradient norm is not finite.
+    spike_sigmas: also when one of them lies this many deviations above its running mean; 0: off.
+  """
+
+  def train_step(state: TrainState, batch: Batch, *, axis_name: str | None):
+    gradients, sums = accumulate_gradients(state, batch, objective, axis_name)
+    means = {name: value / weight for name, (value, weight) in sums.items()}
+    grad_norm = optax.tree.norm(gradients)
+    optimizer = make_optimizer(config, state.hyper, step=state.step)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema is not None:
+      ema = ema_update(ema, params, state.hyper.ema_decay, state.step)
+    watched_2 = jnp.stack([means["loss"], grad_norm])
+    is_bad = _is_bad(state.health, watched_2, skip_nonfinite, spike_sigmas)
+    params, opt_state, ema = jax.tree.map(
+      lambda old, new: jnp.where(is_bad, old, new),
+      (state.params, state.opt_state, state.ema),
+      (params, opt_state, ema),
+    )
+    health = _update_health(state.health, watched_2, is_bad)
+    metrics = {f"train_{name}": mean for name, mean in means.items()} | {
+      "grad_norm": grad_norm,
+      "learning_rate": learning_rate(config, state.hyper, state.step),
+      "tokens": sums["loss"][1],
+      "is_skipped": is_bad,
+      "skipped": health.skipped,
+      "skipped_in_row": health.skipped_in_row,
+    }
+    state = state.replace(
+      step=state.step + 1, params=params, opt_state=opt_state, ema=ema, health=health
+    )
+    return state, metrics
+
+  return train_step
+
+
+def make_eval_step(objective: Objective) -> Callable:
+  """Returns `eval_step(state, batch, *, axis_name) -> {name: (sum, weight)}` over all devices."""
+
+  def eval_step(state: TrainState, batch: Batch, *, axis_name: str | None) -> Sums:
+    def compute(micro_batch):
+      return objective(state.eval_params, micro_batch, state.hyper, None)[1]
+
+    return _sum_devices(_sum_micro_batches(compute, batch), axis_name)
+
+  return eval_step
+
+
+def accumulate_gradients(
+  state: TrainState, batch: Batch, objective: Objective, axis_name: str | None
+) -> tuple[PyTree, Sums]:
+  """Returns the exact gradient of the global batch, and its sums, over micro-batches and devices."""
+  key = jax.random.fold_in(state.key, state.step)
+  if axis_name:
+    key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
+  weights = jax.vmap(objective.weights)(batch)
+  weights = _sum_devices(jax.tree.map(lambda w_A: w_A.sum(), weights), axis_name)
+
+  def loss(params, micro_batch, micro_key):
+    terms, sums = objective(params, micro_batch, state.hyper, micro_key)
+    return sum(term / weights[name] for name, term in terms.items()), sums
+
+  def compute(micro):
+    micro_batch, index = micro
+    micro_key = jax.random.fold_in(key, index)
+    return jax.grad(loss, has_aux=True)(state.params, micro_batch, micro_key)
+
+  indices_A = jnp.arange(batch.tokens_BL.shape[0])
+  return _sum_devices(_sum_micro_batches(compute, (batch, indices_A)), axis_name)
+
+
+def first_bad_parameter(
+  state: TrainState, batch: Batch, objective: Objective, axis_name: str | None
+) -> dict[str, jax.Array]:
+  """Returns {path: is finite} of parameters and of their gradients, in the tree's order."""
+  gradients, _ = accumulate_gradients(state, batch, objective, axis_name)
+  return {
+    f"{kind} {name}": jnp.all(jnp.isfinite(leaf))
+    for kind, tree in (("parameter", state.params), ("gradient of", gradients))
+    for name, leaf in named_leaves(tree).items()
+  }
+
+
+def _sum_micro_batches(compute: Callable, micro: PyTree) -> PyTree:
+  """Adds `compute` over the leading axis; a single micro-batch needs no scan."""
+  first = jax.tree.map(lambda x: x[0], micro)
+  if jax.tree.leaves(micro)[0].shape[0] == 1:
+    return compute(first)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(compute, first))
+  return jax.lax.scan(
+    lambda total, m: (jax.tree.map(jnp.add, total, compute(m)), None), zeros, micro
+  )[0]
+
+
+def _sum_devices(tree: PyTree, axis_name: str | None) -> PyTree:
+  """Sums over the devices of pmap in one all-reduce; on a mesh the sums are global already."""
+  if axis_name is None:
+    return tree
+  flat, unravel = ravel_pytree(tree)
+  return unravel(jax.lax.psum(flat, axis_name))
+
+
+def _is_bad(health: Health, watched_2, skip_nonfinite: bool, spike_sigmas: float) -> jax.Array:
+  is_bad = jnp.bool_(False)
+  if skip_nonfinite:
+    is_bad |= ~jnp.all(jnp.isfinite(watched_2))
+  if spike_sigmas:
+    deviation_2 = jnp.sqrt(jnp.maximum(health.square_2 - jnp.square(health.mean_2), 0))
+    is_spike = jnp.any(watched_2 > health.mean_2 + spike_sigmas * deviation_2)
+    is_bad |= is_spike & (health.good_steps >= SPIKE_MEMORY_STEPS)
+  return is_bad
+
+
+def _update_health(health: Health, watched_2: jax.Array, is_bad: jax.Array) -> Health:
+  good_steps = health.good_steps + ~is_bad
+  # A plain mean at first, then exponential.
+  rate = 1 / jnp.minimum(good_steps, SPIKE_MEMORY_STEPS).astype(jnp.float32)
+
+  def move(mean_2, value_2):
+    return jnp.where(is_bad, mean_2, mean_2 + rate * (value_2 - mean_2))
+
+  return Health(
+    skipped=health.skipped + is_bad,
+    skipped_in_row=jnp.where(is_bad, health.skipped_in_row + 1, 0),
+    good_steps=good_steps,
+    mean_2=move(health.mean_2, watched_2),
+    square_2=move(health.square_2, jnp.square(watched_2)),
+  )
