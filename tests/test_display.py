@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from gptjax.train.display import ProgressDisplay, format_rate, format_seconds
+from gptjax.train.display import ProgressDisplay
 
 
 class _Terminal(io.StringIO):
@@ -133,19 +133,3 @@ def test_an_update_costs_little(monkeypatch):
       display.update(step, train_loss=3.0, tokens_per_second=1e4)
     seconds = time.process_time() - start
   assert seconds / 10_000 < 2e-4
-
-
-@pytest.mark.parametrize(
-  "seconds, text",
-  [(None, "-:--"), (6.6, "0:07"), (201, "3:21"), (3723, "1:02:03"), (183_600, "2d 3h")],
-)
-def test_format_seconds(seconds, text):
-  assert format_seconds(seconds) == text
-
-
-@pytest.mark.parametrize(
-  "rate, text",
-  [(0.25, "0.25"), (7.5, "7.5"), (812.2, "812"), (12_345, "12.3k"), (999_999, "1M"), (3e9, "3G")],
-)
-def test_format_rate(rate, text):
-  assert format_rate(rate) == text

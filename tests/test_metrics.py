@@ -1,6 +1,5 @@
 """Lines of metrics.jsonl and the trackers."""
 
-import json
 import struct
 import sys
 import types
@@ -9,25 +8,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gptjax.checkpoint.run_directory import RunDirectory
 from gptjax.errors import ConfigError
-from gptjax.train.metrics import MetricsWriter, make_trackers, metrics_line
+from gptjax.train.metrics import MetricsWriter, make_trackers
 
 event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2", reason="extra gptjax[tensorboard]")
 
 
-def test_line_keeps_full_precision_and_order():
+def test_lines_in_the_run_directory_keep_every_bit(tmp_path):
+  run = RunDirectory(tmp_path)
   loss = np.float32(3.1415927)
-  line = metrics_line(7, {"seconds": 1.5, "bad_steps": 2, "train_loss": jnp.float32(loss)})
-  assert list(line) == ["step", "train_loss", "seconds", "bad_steps"]
-  read = json.loads(json.dumps(line, allow_nan=False))
-  assert np.float32(read["train_loss"]) == loss
-  assert read["step"] == 7 and isinstance(read["bad_steps"], int)
-
-
-@pytest.mark.parametrize("value", [float("nan"), np.float32("inf"), jnp.float32(-np.inf)])
-def test_non_finite_is_null(value):
-  line = metrics_line(np.int64(1), {"train_loss": value, "mfu": None})
-  assert json.dumps(line, allow_nan=False) == '{"step": 1, "train_loss": null}'
+  with MetricsWriter(run.append_metrics) as writer:
+    writer.write(7, seconds=1.5, bad_steps=2, train_loss=jnp.float32(loss), mfu=None)
+    writer.write(np.int64(8), train_loss=jnp.float32("nan"), grad_norm=np.float32("inf"))
+  first, second = run.read_metrics()
+  assert list(first) == ["step", "train_loss", "seconds", "bad_steps"]
+  assert np.float32(first["train_loss"]) == loss and first["bad_steps"] == 2
+  assert second["step"] == 8
+  assert np.isnan(second["train_loss"]) and second["grad_norm"] == float("inf")
 
 
 class _Recorder:
@@ -45,7 +43,7 @@ def test_writer_feeds_file_and_trackers():
   lines, tracker = [], _Recorder()
   with MetricsWriter(lines.append, [tracker]) as writer:
     writer.write(1, train_loss=2.0, grad_norm=float("nan"))
-  assert lines == [{"step": 1, "train_loss": 2.0, "grad_norm": None}]
+  assert lines[0]["step"] == 1 and np.isnan(lines[0]["grad_norm"])
   assert tracker.lines == [(1, {"train_loss": 2.0})]
   assert tracker.is_closed
 

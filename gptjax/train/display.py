@@ -15,6 +15,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from gptjax.report import format_count, format_seconds
+
 REFRESH_SECONDS = 0.25  # a redraw costs about 1 ms, so the bar takes less than 1 % of a core
 PLAIN_SECONDS = 10.0
 MIN_BAR_WIDTH = 4
@@ -149,7 +151,7 @@ class ProgressDisplay:
     }
     shown = dict(self._shown)
     if "tokens_per_second" in shown:
-      shown["tokens_per_second"] = format_rate(shown["tokens_per_second"])
+      shown["tokens_per_second"] = format_count(shown["tokens_per_second"])
     parts = [text.format(shown[name]) for name, text in formats.items() if name in shown]
     return [*parts, f"ETA {format_seconds(self._remaining_seconds())}"]
 
@@ -175,23 +177,3 @@ class _SmoothedLoss:
     self._weight = keep * self._weight + (1 - keep)
     self._last_step = step
     return self._mean / self._weight
-
-
-def format_seconds(seconds: float | None) -> str:
-  """Writes a duration as 0:07, 3:21, 1:02:03 or 2d 3h; None as -:--."""
-  if seconds is None:
-    return "-:--"
-  minutes, rest = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  if hours >= 24:
-    return f"{hours // 24}d {hours % 24}h"
-  return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def format_rate(per_second: float) -> str:
-  """Writes a rate in at most five characters: 7.5, 812, 12.3k, 1.04M."""
-  rounded = float(f"{per_second:.3g}")
-  for unit, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-    if rounded >= unit:
-      return f"{rounded / unit:.3g}{suffix}"
-  return f"{rounded:.3g}"

@@ -28,7 +28,7 @@ FIELDS = (
 )
 
 
-def metrics_line(step: int, values: Mapping[str, Any]) -> dict[str, int | float | None]:
+def metrics_line(step: int, values: Mapping[str, Any]) -> dict[str, int | float]:
   """Builds one line of `metrics.jsonl`.
 
   Args:
@@ -36,18 +36,14 @@ def metrics_line(step: int, values: Mapping[str, Any]) -> dict[str, int | float 
     values: numbers or scalar arrays of any kind; None is left out.
 
   Returns:
-    Plain Python numbers at full precision. Non-finite ones become None, JSON's null: JSON has no
-    NaN, and a reader must see that the step was logged and had no usable value.
+    Plain Python numbers at full precision, non-finite ones included: that a step had no usable
+    value is worth a line, and the run directory knows how to spell it in JSON.
   """
   names = [name for name in FIELDS if name in values]
   names += [name for name in values if name not in FIELDS]
-  line = {name: _plain_number(values[name]) for name in names if values[name] is not None}
-  return {"step": int(step), **line}
-
-
-def _plain_number(value: Any) -> int | float | None:
-  number = value.item() if hasattr(value, "item") else value
-  return number if math.isfinite(number) else None
+  numbers = {name: values[name] for name in names if values[name] is not None}
+  plain = {name: x.item() if hasattr(x, "item") else x for name, x in numbers.items()}
+  return {"step": int(step), **plain}
 
 
 class Tracker(Protocol):
@@ -62,7 +58,7 @@ class MetricsWriter:
   """Writes lines of metrics to the run's file and to its trackers.
 
   Args:
-    append: stores one line (a dict that JSON can hold) durably, in order.
+    append: stores one line; `RunDirectory.append_metrics`.
     trackers: as `make_trackers` returns them.
   """
 
@@ -73,10 +69,11 @@ class MetricsWriter:
   def write(self, step: int, **values: Any) -> None:
     """Writes the line of `step` (completed updates); see `metrics_line` for the values."""
     line = metrics_line(step, values)
-    self._append(line)
-    finite = {key: value for key, value in line.items() if key != "step" and value is not None}
+    self._append(dict(line))
+    step = line.pop("step")
+    finite = {name: value for name, value in line.items() if math.isfinite(value)}
     for tracker in self._trackers:
-      tracker.write(line["step"], finite)
+      tracker.write(step, finite)
 
   def close(self) -> None:
     """Flushes and closes the trackers."""
