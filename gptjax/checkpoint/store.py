@@ -110,6 +110,7 @@ class CheckpointStore:
 
   def best_step(self) -> int | None:
     """Returns the step with the lowest metric among the readable checkpoints, or None."""
+    self.wait()
     metrics = {}
     for step in self.steps():
       with contextlib.suppress(_DamagedError):
