@@ -1,0 +1,88 @@
+"""Sampling at a temperature: one compiled loop on the device."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax.errors import UserError
+from gptjax.generate.cache import decode_step, prefill
+from gptjax.model.config import ModelConfig
+from gptjax.model.decoder import unstack_layers
+from gptjax.model.heads import lm_logits
+
+
+def sample(
+  params: Any,
+  config: ModelConfig,
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  temperature: float = 1.0,
+  key: jax.Array,
+) -> np.ndarray:
+  """Continues prompts, all of them in one batch.
+
+  Args:
+    params: the whole tree, on a device.
+    config: the architecture.
+    prompts: token ids, at least one each.
+    max_new_tokens: how many to add.
+    temperature: of the draw; 0 is greedy.
+    key: every row draws from its own stream, whatever its companions.
+
+  Returns:
+    int32 [B, max_new_tokens], without the prompts.
+
+  Raises:
+    UserError: an empty prompt, or prompt and new tokens exceed the context.
+  """
+  longest = max(len(prompt) for prompt in prompts)
+  if not all(len(prompt) for prompt in prompts):
+    raise UserError("a prompt has no tokens; give it at least one")
+  if longest + max_new_tokens > config.context_length:
+    raise UserError(
+      f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of"
+      f" {config.context_length}; shorten one of them"
+    )
+  # Prompts are padded to a power of two, so that few shapes are compiled.
+  padded = min(1 << (longest - 1).bit_length(), config.context_length - max_new_tokens)
+  tokens_BL = np.zeros((len(prompts), padded), np.int32)
+  for row, prompt in zip(tokens_BL, prompts):
+    row[padded - len(prompt) :] = prompt
+  first_slot_B = np.array([padded - len(prompt) for prompt in prompts], np.int32)
+  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(prompts)))
+  new_tokens = _sample(
+    params, tokens_BL, first_slot_B, jnp.float32(temperature), keys_B, config, max_new_tokens
+  )
+  return np.asarray(new_tokens)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
+def _sample(params, tokens_BL, first_slot_B, temperature, keys_B, config, max_new_tokens):
+  decoder = params["decoder"]
+  layers = unstack_layers(decoder["layers"], config)
+  num_slots = tokens_BL.shape[1] + max_new_tokens
+  hidden_BD, cache = prefill(decoder, layers, tokens_BL, first_slot_B, num_slots, config)
+
+  def step(carry, index):
+    hidden_BD, cache = carry
+    token_B = draw(lm_logits(params, hidden_BD, config), temperature, keys_B, index)
+    hidden_BD, cache = decode_step(decoder, layers, token_B, cache, config)
+    return (hidden_BD, cache), token_B
+
+  _, tokens_LB = jax.lax.scan(step, (hidden_BD, cache), jnp.arange(max_new_tokens))
+  return tokens_LB.T
+
+
+def draw(
+  logits_BV: jax.Array, temperature: jax.Array, keys_B: jax.Array, index: jax.Array
+) -> jax.Array:
+  """Draws one token a row from float32 logits; temperature 0 takes the likeliest. int32 [B]."""
+  step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
+  scaled_BV = logits_BV / jnp.where(temperature > 0, temperature, 1.0)
+  drawn_B = jax.vmap(jax.random.categorical)(step_keys_B, scaled_BV)
+  return jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
