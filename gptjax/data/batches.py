@@ -1,0 +1,403 @@
+"""Batches of rows: which rows make batch k, and how rows are cut from token files.
+
+Batch k is a function of (seed, k, schedule) alone. The order is grain's shuffle of row numbers,
+new in every epoch and without replacement within one; no state is kept, so resuming replays
+nothing and any batch can be looked up again.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Protocol, TypeVar
+
+import grain
+import jax
+import numpy as np
+
+from gptjax.batch import Batch
+from gptjax.data.locate import Span, find_spans
+from gptjax.data.packing import open_packing_plan
+from gptjax.data.prepare import PreparedData
+from gptjax.data.token_files import TokenFiles
+from gptjax.errors import ConfigError, DataError
+
+ItemT = TypeVar("ItemT")
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSchedule:
+  """How many rows each batch has.
+
+  Attributes:
+    batch_rows: rows of a batch, once the ramp is over.
+    context_length: tokens of a row.
+    ramp_start_rows, ramp_tokens: rows grow linearly in tokens seen, from ramp_start_rows to
+      batch_rows over the first ramp_tokens tokens; 0 tokens is no ramp.
+    multiple: every batch is a multiple of this many rows.
+
+  Source: Brown et al. 2020, appendix B.
+  """
+
+  batch_rows: int
+  context_length: int
+  ramp_start_rows: int = 0
+  ramp_tokens: int = 0
+  multiple: int = 1
+
+  def __post_init__(self):
+    if bool(self.ramp_start_rows) != bool(self.ramp_tokens):
+      raise ConfigError("train.ramp_start_rows and train.ramp_tokens need each other; set both")
+    if self.ramp_start_rows > self.batch_rows:
+      raise ConfigError(
+        f"train.ramp_start_rows {self.ramp_start_rows} is above train.batch_rows"
+        f" {self.batch_rows}; a ramp grows"
+      )
+    if self.batch_rows % self.multiple:
+      raise ConfigError(
+        f"train.batch_rows is {self.batch_rows}; with these devices and this accumulation it must"
+        f" be a multiple of {self.multiple}"
+      )
+
+  def rows(self, batch: int) -> int:
+    """Returns the rows of a batch."""
+    return self.rows_before(batch + 1) - self.rows_before(batch)
+
+  def rows_before(self, batch: int) -> int:
+    """Returns the rows of all batches before this one."""
+    ramp = len(self._ramp_rows) - 1
+    return self._ramp_rows[min(batch, ramp)] + max(batch - ramp, 0) * self.batch_rows
+
+  def tokens_before(self, batch: int) -> int:
+    """Returns the tokens of all batches before this one, padding included."""
+    return self.rows_before(batch) * self.context_length
+
+  def batches_for(self, rows: int) -> int:
+    """Returns how many batches it takes to see at least this many rows."""
+    ramp = len(self._ramp_rows) - 1
+    if rows > self._ramp_rows[ramp]:
+      return ramp + -(-(rows - self._ramp_rows[ramp]) // self.batch_rows)
+    return next(k for k, before in enumerate(self._ramp_rows) if before >= rows)
+
+  @functools.cached_property
+  def _ramp_rows(self) -> list[int]:
+    """Rows before each batch of the ramp, and before the first batch after it."""
+    before = [0]
+    while (tokens := before[-1] * self.context_length) < self.ramp_tokens:
+      grown = (self.batch_rows - self.ramp_start_rows) * tokens / self.ramp_tokens
+      rounded = round((self.ramp_start_rows + grown) / self.multiple) * self.multiple
+      before.append(before[-1] + max(rounded, self.multiple))
+    return before
+
+
+class Rows(Protocol):
+  """The rows of one split of one corpus. Index e * num_rows + r is row r in epoch e."""
+
+  num_rows: int
+
+  def take(self, indices_B: np.ndarray) -> Batch: ...
+
+  def token_ranges(self, index: int) -> list[tuple[int, int]]: ...
+
+
+class StreamRows:
+  """Rows cut one after another from documents joined by their end tokens.
+
+  The first row starts at another token in every epoch, so that rows differ between epochs. Up to
+  one row at the end of the stream is left over by that.
+
+  Args:
+    seed: of the starts; None: always at the first token, and a last, shorter row is kept, so that
+      every target is in exactly one row.
+  """
+
+  def __init__(self, tokens: TokenFiles, context_length: int, seed: int | None):
+    self._tokens, self._length, self._seed = tokens, context_length, seed
+    targets = max(tokens.num_tokens - 1, 0)
+    if seed is None:
+      self.num_rows = -(-targets // context_length)
+      self._slack = 0
+    else:
+      self.num_rows = max((targets + 1) // context_length - 1, min(targets // context_length, 1))
+      self._slack = min(targets - self.num_rows * context_length, context_length - 1)
+
+  def take(self, indices_B: np.ndarray) -> Batch:
+    positions_BL = self._starts(indices_B)[:, None] + np.arange(self._length + 1)
+    last = self._tokens.num_tokens - 1
+    tokens_BL = self._tokens.gather(np.minimum(positions_BL, last))
+    return Batch(
+      tokens_BL=np.ascontiguousarray(tokens_BL[:, :-1]),
+      targets_BL=np.ascontiguousarray(tokens_BL[:, 1:]),
+      weights_BL=(positions_BL[:, 1:] <= last).astype(np.float32),
+    )
+
+  def token_ranges(self, index: int) -> list[tuple[int, int]]:
+    start = int(self._starts(np.array([index]))[0])
+    return [(start, min(start + self._length + 1, self._tokens.num_tokens))]
+
+  def _starts(self, indices_B: np.ndarray) -> np.ndarray:
+    epochs_B, rows_B = np.divmod(indices_B, self.num_rows)
+    if self._slack:
+      epochs, inverse_B = np.unique(epochs_B, return_inverse=True)
+      offsets = np.array([self._offset(int(epoch)) for epoch in epochs])
+      return rows_B * self._length + offsets[inverse_B]
+    return rows_B * self._length
+
+  def _offset(self, epoch: int) -> int:
+    digest = hashlib.blake2b(f"{self._seed} {epoch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") % (self._slack + 1)
+
+
+class PackedRows:
+  """Rows of segments side by side, as the packing plan says; each row starts with segment 1."""
+
+  def __init__(self, tokens: TokenFiles, context_length: int):
+    self._tokens, self._length = tokens, context_length
+    self._plan = open_packing_plan(tokens, context_length)
+    self.num_rows = self._plan.num_rows
+
+  def take(self, indices_B: np.ndarray) -> Batch:
+    rows_B = indices_B % self.num_rows
+    first_B = self._plan.row_starts[rows_B]
+    counts_B = self._plan.row_starts[rows_B + 1] - first_B
+    # S: the segments of all rows; T: their tokens.
+    row_S, number_S = _runs(counts_B)
+    starts_S, lengths_S = self._plan.segments[first_B[row_S] + number_S].T
+    segment_T, position_T = _runs(lengths_S)
+    before_S = np.cumsum(lengths_S) - lengths_S
+    row_before_B = before_S[np.cumsum(counts_B) - counts_B]
+    place_S = row_S * self._length + before_S - row_before_B[row_S]
+    source_T = starts_S[segment_T] + position_T
+    place_T = place_S[segment_T] + position_T
+
+    def scatter(values, dtype=np.int32):
+      array_BL = np.zeros((len(rows_B), self._length), dtype)
+      array_BL.reshape(-1)[place_T] = values
+      return array_BL
+
+    return Batch(
+      tokens_BL=scatter(self._tokens.gather(source_T)),
+      targets_BL=scatter(self._tokens.gather(source_T + 1)),
+      weights_BL=scatter(1, np.float32),
+      positions_BL=scatter(position_T),
+      segment_ids_BL=scatter(number_S[segment_T] + 1),
+    )
+
+  def token_ranges(self, index: int) -> list[tuple[int, int]]:
+    first, last = self._plan.row_starts[[index % self.num_rows, index % self.num_rows + 1]]
+    return [
+      (int(start), int(start + length) + 1) for start, length in self._plan.segments[first:last]
+    ]
+
+
+class BatchSource:
+  """The training batches of prepared data.
+
+  Args:
+    prepared: from `prepare_data`.
+    context_length: tokens of a row.
+    seed: of the order of rows.
+    schedule: how many rows each batch has.
+
+  Attributes:
+    rows_per_epoch: rows of all corpora that take part, together.
+
+  Raises:
+    DataError: a corpus is shorter than a row.
+  """
+
+  def __init__(
+    self, prepared: PreparedData, context_length: int, seed: int, schedule: BatchSchedule
+  ):
+    self.schedule = schedule
+    self._prepared = prepared
+    self._names = [name for name, weight in prepared.weights.items() if weight > 0]
+    if not self._names:
+      raise ConfigError("every data weight is 0; give one corpus a positive weight")
+    self._rows = [
+      _open_rows(prepared, prepared.corpora[name][0], context_length, f"{seed} {name}")
+      for name in self._names
+    ]
+    for name, rows in zip(self._names, self._rows, strict=True):
+      if not rows.num_rows:
+        num_tokens = prepared.corpora[name][0].num_tokens
+        raise DataError(
+          f'corpus "{name}" has {num_tokens} training tokens; a row of model.context_length'
+          f" {context_length} needs {context_length + 1}: use more text or a shorter context"
+        )
+    self.rows_per_epoch = sum(rows.num_rows for rows in self._rows)
+    weights = [prepared.weights[name] for name in self._names]
+    self._order = _row_order([rows.num_rows for rows in self._rows], weights, seed)
+
+  def batch(self, batch: int, process_index: int = 0, process_count: int = 1) -> Batch:
+    """Returns this process's rows of a batch, numpy; the processes' rows in turn are the batch.
+
+    Raises:
+      ConfigError: the rows of the batch do not divide among the processes.
+    """
+    indices = _share(self.schedule.rows(batch), process_index, process_count)
+    first = self.schedule.rows_before(batch)
+    return _take(self._rows, [self._order[first + index] for index in indices])
+
+  def batches(
+    self, first: int = 0, process_index: int = 0, process_count: int = 1
+  ) -> Iterator[Batch]:
+    """Yields batches from number `first` on, without end."""
+    return (self.batch(k, process_index, process_count) for k in itertools.count(first))
+
+  def locate(self, batch: int, row: int) -> list[Span]:
+    """Finds the text and the source bytes of one row of a batch.
+
+    Raises:
+      DataError: the batch has no such row, or a source changed since it was tokenised.
+    """
+    num_rows = self.schedule.rows(batch)
+    if not 0 <= row < num_rows:
+      raise DataError(f"row {row} is not in batch {batch}; its rows are 0 to {num_rows - 1}")
+    corpus, index = self._order[self.schedule.rows_before(batch) + row]
+    tokens, _ = self._prepared.corpora[self._names[corpus]]
+    ranges = self._rows[corpus].token_ranges(index)
+    return [
+      span
+      for start, stop in ranges
+      for span in find_spans(tokens, self._prepared.tokenizer, start, stop)
+    ]
+
+
+def valid_batches(
+  prepared: PreparedData,
+  context_length: int,
+  batch_rows: int,
+  max_rows: int = 0,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[Batch]:
+  """Yields the validation splits of all corpora, in rows that do not overlap.
+
+  Every target is scored once. The last batch is filled up with rows of weight 0.
+
+  Args:
+    batch_rows: rows of a batch over all processes.
+    max_rows: at most so many rows, evenly spread; 0 is all.
+  """
+  rows = [
+    _open_rows(prepared, valid, context_length, None) for _, valid in prepared.corpora.values()
+  ]
+  every = [(corpus, row) for corpus, part in enumerate(rows) for row in range(part.num_rows)]
+  if 0 < max_rows < len(every):
+    every = [every[i * len(every) // max_rows] for i in range(max_rows)]
+  share = _share(batch_rows, process_index, process_count)
+  for first in range(0, len(every), batch_rows):
+    places = [every[min(first + index, len(every) - 1)] for index in share]
+    batch = _take(rows, places)
+    is_real_B = np.array([first + index < len(every) for index in share], np.float32)
+    yield batch.replace(weights_BL=batch.weights_BL * is_real_B[:, None])
+
+
+def prefetch(items: Iterable[ItemT], size: int) -> Iterator[ItemT]:
+  """Reads ahead in a thread; the thread's exception is raised where its item would have come.
+
+  Args:
+    size: items kept ready, at least 1.
+  """
+  ready: queue.Queue = queue.Queue(size)
+  stopped = threading.Event()
+
+  def fill() -> None:
+    end = None
+    try:
+      for item in items:
+        ready.put((item, None))
+        if stopped.is_set():
+          return
+    except BaseException as error:
+      end = error
+    ready.put((None, end or StopIteration()))
+
+  thread = threading.Thread(target=fill, daemon=True)
+  thread.start()
+  try:
+    while True:
+      item, error = ready.get()
+      if isinstance(error, StopIteration):
+        return
+      if error:
+        raise error
+      yield item
+  finally:
+    stopped.set()
+    while thread.is_alive():
+      with contextlib.suppress(queue.Empty):
+        ready.get(timeout=0.01)
+
+
+class _RowNumbers(grain.MapDataset):
+  """Its own indices, those beyond the first epoch too."""
+
+  def __init__(self, num_rows: int):
+    super().__init__()
+    self._num_rows = num_rows
+
+  def __len__(self) -> int:
+    return self._num_rows
+
+  def __getitem__(self, index: int) -> int:
+    return index
+
+
+def _row_order(
+  num_rows: list[int], weights: list[float], seed: int
+) -> Mapping[int, tuple[int, int]]:
+  """Returns (corpus, row index) by place in the run; see `Rows` for the index."""
+  shuffled = [
+    _RowNumbers(count)
+    .seed((seed + number) % 2**32)
+    .shuffle()
+    .repeat()
+    .map(functools.partial(_with_corpus, number))
+    for number, count in enumerate(num_rows)
+  ]
+  return shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, weights)
+
+
+def _with_corpus(corpus: int, index: int) -> tuple[int, int]:
+  return corpus, index
+
+
+def _open_rows(
+  prepared: PreparedData, tokens: TokenFiles, context_length: int, seed: str | None
+) -> Rows:
+  if prepared.rows == "packed":
+    return PackedRows(tokens, context_length)
+  return StreamRows(tokens, context_length, seed)
+
+
+def _share(num_rows: int, process_index: int, process_count: int) -> range:
+  if num_rows % process_count:
+    raise ConfigError(
+      f"a batch of {num_rows} rows does not divide among {process_count} processes;"
+      " make train.batch_rows and eval.batch_rows a multiple of them"
+    )
+  size = num_rows // process_count
+  return range(process_index * size, (process_index + 1) * size)
+
+
+def _take(rows: list[Rows], places: list[tuple[int, int]]) -> Batch:
+  """Cuts (corpus, row index) places into one batch, in their order."""
+  corpus_B, index_B = np.array(places, np.int64).T
+  corpora = np.unique(corpus_B)
+  parts = [rows[corpus].take(index_B[corpus_B == corpus]) for corpus in corpora]
+  if len(parts) == 1:
+    return parts[0]
+  place_B = np.argsort(np.argsort(corpus_B, kind="stable"))
+  return jax.tree.map(lambda *arrays: np.concatenate(arrays)[place_B], *parts)
+
+
+def _runs(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Counts out runs: [2, 3] gives the runs [0, 0, 1, 1, 1] and the places [0, 1, 0, 1, 2]."""
+  run = np.repeat(np.arange(len(lengths)), lengths)
+  return run, np.arange(len(run)) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -1,0 +1,77 @@
+"""Building a file or folder once: atomically, by one process at a time, with a progress bar."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from gptjax.errors import DataError
+
+
+def build_once(
+  target: Path, is_built: Callable[[Path], bool], build: Callable[[Path], None]
+) -> None:
+  """Builds `target` unless it is whole; a second process waits for the first.
+
+  The lock is freed when its process dies, however it dies, so what lies in the temporary place
+  while we hold it is debris.
+  """
+  if is_built(target):
+    return
+  temporary = target.with_name(f"{target.name}.building")
+  with open(target.with_name(f"{target.name}.lock"), "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if is_built(target):
+      return
+    _remove(temporary)
+    try:
+      build(temporary)
+      _remove(target)
+      os.replace(temporary, target)
+    finally:
+      _remove(temporary)
+
+
+def _remove(path: Path) -> None:
+  if path.is_dir():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def show_progress(name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+  """Shows a bar on standard error, if that is a terminal."""
+  console = Console(stderr=True)
+  columns = (
+    TextColumn("{task.description}"),
+    BarColumn(),
+    TextColumn("{task.fields[megabytes]:.0f} MB"),
+    TimeRemainingColumn(),
+  )
+  done = 0
+  with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    task = bar.add_task(name, total=total, megabytes=0.0)
+
+    def advance(num_bytes: int) -> None:
+      nonlocal done
+      done += num_bytes
+      bar.update(task, completed=done, megabytes=done / 1e6)
+
+    yield advance
+
+
+@contextlib.contextmanager
+def cache_errors_named(cache_dir: str) -> Iterator[None]:
+  try:
+    yield
+  except OSError as error:
+    raise DataError(
+      f'token files cannot be built in "{cache_dir}": {error.strerror or error};'
+      " set data.cache_dir to a folder with room"
+    ) from error
