@@ -10,6 +10,7 @@ over rows when `axis_name` is not None, and divide once, after that.
 
 import contextlib
 import functools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -56,7 +57,7 @@ def initialize_processes(
   coordinator: str = "",
   num_processes: int | None = None,
   process_id: int | None = None,
-  timeout_seconds: int = 300,
+  timeout_seconds: float = 300,
 ) -> None:
   """Connects the processes of one run; a single process, nothing given or detected, returns.
 
@@ -99,12 +100,12 @@ def initialize_processes(
     coordinator,
     num_processes,
     process_id,
-    initialization_timeout=timeout_seconds,
+    initialization_timeout=math.ceil(timeout_seconds),
     cluster_detection_method=method,
   )
 
 
-def _detect_processes(timeout_seconds: int) -> tuple[str, str, int, int] | None:
+def _detect_processes(timeout_seconds: float) -> tuple[str, str, int, int] | None:
   """Returns (method, coordinator, num_processes, process_id) of a cluster jax recognises."""
   # The public jax.distributed.initialize detects and connects at once; the rendezvous has to
   # come between the two.
@@ -162,9 +163,9 @@ def _mesh_sizes(sizes: tuple[int, int, int], num_devices: int) -> tuple[int, int
   names = "train.mesh_data x mesh_fsdp x mesh_tensor"
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
     raise ConfigError(f"{names} is {_times(sizes)}; sizes are at least 1, and only one may be -1")
-  known = int(np.prod([size for size in sizes if size != -1]))
+  known = math.prod(size for size in sizes if size != -1)
   filled = tuple(num_devices // known if size == -1 else size for size in sizes)
-  if int(np.prod(filled)) != num_devices:
+  if math.prod(filled) != num_devices:
     raise ConfigError(
       f"{names} is {_times(sizes)}, which does not fit {num_devices} devices; the product of"
       " the sizes must be that number"
@@ -401,7 +402,7 @@ def _fit_spec(axes: tuple, shape: tuple[int, ...], mesh_shape: dict[str, int]) -
 
 def _num_parts(axis: str | tuple[str, ...] | None, mesh_shape: dict[str, int]) -> int:
   names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
-  return int(np.prod([mesh_shape[name] for name in names]))
+  return math.prod(mesh_shape[name] for name in names)
 
 
 class Program:
