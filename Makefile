@@ -22,6 +22,8 @@ CHECK_PYTHON := import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= 
   "$(PYTHON) is Python %d.%d; gptjax needs 3.11, 3.12 or 3.13: set PYTHON=python3.12" % sys.version_info[:2])
 
 .PHONY: help setup data pretrain test test-slow test-hf lint fmt ci smoke bench prove-resume golden clean
+# One .venv: its installs, and tests that measure time, must not run side by side.
+.NOTPARALLEL:
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s%s\n", $$1, $$2}' Makefile
@@ -36,7 +38,7 @@ $(INSTALLED): setup.cfg pyproject.toml | $(BIN)/pip
 	@$(PIP) -e '.$(patsubst %,[%],$(filter-out cpu,$(JAX_BUILD)))'
 	@touch $@
 
-$(VENV)/installed-test $(VENV)/installed-test_hf: $(VENV)/installed-%: $(INSTALLED)
+$(VENV)/installed-test $(VENV)/installed-test-hf: $(VENV)/installed-%: $(INSTALLED)
 	@echo 'Installing what the tests need (extra $*) into $(VENV), this once'
 	@$(PIP) -e '.[$*]'
 	@touch $@
@@ -56,7 +58,7 @@ test: $(VENV)/installed-test  ## the fast tests, on CPU, without PyTorch
 test-slow: $(VENV)/installed-test  ## tests of minutes: kills, several processes, whole runs
 	$(BIN)/pytest -m slow
 
-test-hf: $(VENV)/installed-test $(VENV)/installed-test_hf  ## parity with transformers; installs PyTorch
+test-hf: $(VENV)/installed-test $(VENV)/installed-test-hf  ## parity with transformers; installs PyTorch
 	$(BIN)/pytest -m hf
 
 lint: $(VENV)/installed-test  ## ruff, and the rule of who may import whom
@@ -68,7 +70,6 @@ fmt: $(VENV)/installed-test  ## let ruff fix and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-smoke: export JAX_PLATFORMS := cpu
 smoke:  ## the README's commands on a tiny model, in seconds
 	rm -rf runs/smoke
 	$(MAKE) pretrain CONFIG=experiments/shakespeare.py:tiny WORKDIR=runs/smoke
