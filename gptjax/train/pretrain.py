@@ -1,0 +1,416 @@
+"""Pretraining by next-token prediction: puts a config's data, model, devices and loop together."""
+
+import contextlib
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax import config as config_lib
+from gptjax import parallel as parallel_lib
+from gptjax import report
+from gptjax.checkpoint.run_directory import RunDirectory, is_run_directory
+from gptjax.checkpoint.store import CheckpointStore
+from gptjax.data.batches import BatchSchedule, BatchSource, prefetch, valid_batches
+from gptjax.data.prepare import PreparedData, prepare_data
+from gptjax.errors import CheckpointError, ConfigError
+from gptjax.generate.sample import sample_long
+from gptjax.model.parameters import SHARDING_RULES, count_parameters, init_parameters
+from gptjax.train import hardware
+from gptjax.train.config import PretrainConfig
+from gptjax.train.display import ProgressDisplay
+from gptjax.train.loop import Event, Line, Loop, bits_per_byte, stop_signals
+from gptjax.train.metrics import MetricsWriter, make_trackers
+from gptjax.train.optimizer import hyperparameters
+from gptjax.train.profile import Profiler
+from gptjax.train.run_report import training_report
+from gptjax.train.schedule import resolve_durations
+from gptjax.train.step import (
+  LanguageModelObjective,
+  TrainState,
+  first_bad_parameter,
+  init_state,
+  make_eval_step,
+  make_train_step,
+)
+
+# What may change between a run and its resumption: it changes no number that is learned.
+CHANGEABLE_KEYS = (
+  "data.cache_dir",
+  "data.build_processes",
+  "eval",
+  "model.attention_implementation",
+  "model.remat",
+  "model.scan_layers",
+  "tags",
+  *(
+    f"train.{key}"
+    for key in (
+      "coordinator",
+      "distributed_timeout_seconds",
+      "host_devices",
+      "keep_every_steps",
+      "keep_latest",
+      "log_every_steps",
+      "loss_chunk_tokens",
+      "mesh_data",
+      "mesh_fsdp",
+      "mesh_tensor",
+      "mode",
+      "num_processes",
+      "peak_flops_per_second",
+      "process_id",
+      "profile_num_steps",
+      "profile_start_step",
+      "save_every_steps",
+      "trackers",
+    )
+  ),
+)
+
+
+def pretrain(config: PretrainConfig, workdir: str) -> None:
+  """Trains a language model into a run directory, or goes on with the run that is there.
+
+  Raises:
+    UserError: whatever in config, data or the directory keeps it from running.
+  """
+  started = time.time()
+  start_devices(config)
+  run = RunDirectory(workdir)
+  is_first = jax.process_index() == 0
+  with run.lock() if is_first else contextlib.nullcontext():
+    prepared = prepare_data(config.data, report=say)
+    config = resolve_model(config, prepared)
+    parallel = make_parallel(config)
+    schedule = batch_schedule(config, parallel)
+    source = BatchSource(prepared, config.model.context_length, config.seed, schedule)
+    num_steps = resolve_num_steps(config, schedule, source.rows_per_epoch)
+    if is_first:
+      run.create_or_check(config_lib.to_json(config), prepared.tokenizer, CHANGEABLE_KEYS)
+    if run.is_finished(num_steps):
+      say(f"{workdir} has all of its {num_steps} steps; nothing to do")
+      return
+    Pretraining(config, run, prepared, parallel, source, num_steps, started).run_all()
+
+
+def say(message: str) -> None:
+  """Tells the user something, in one process of the run."""
+  if jax.process_index() == 0:
+    print(message, file=sys.stderr, flush=True)
+
+
+def start_devices(config: PretrainConfig) -> None:
+  """Starts jax with the devices and processes that the config asks for."""
+  train = config.train
+  parallel_lib.set_host_devices(train.host_devices)
+  parallel_lib.initialize_processes(
+    train.coordinator, train.num_processes, train.process_id, train.distributed_timeout_seconds
+  )
+  if train.matmul_precision == "highest":
+    jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def resolve_model(config: PretrainConfig, prepared: PreparedData) -> PretrainConfig:
+  """Fills in the vocabulary size; one that is given must hold the tokenizer's."""
+  entries = prepared.tokenizer.vocab_size
+  vocab_size = config.model.vocab_size or entries
+  if vocab_size < entries:
+    raise ConfigError(
+      f"model.vocab_size is {vocab_size}, but the tokenizer has {entries} entries;"
+      " leave it unset or raise it"
+    )
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+
+
+def make_parallel(config: PretrainConfig) -> parallel_lib.Parallel:
+  """Makes the driver that the config names, over all devices."""
+  train = config.train
+  return parallel_lib.make_parallel(
+    train.mode,
+    mesh_data=train.mesh_data,
+    mesh_fsdp=train.mesh_fsdp,
+    mesh_tensor=train.mesh_tensor,
+    sharding_rules=SHARDING_RULES,
+  )
+
+
+def batch_schedule(config: PretrainConfig, parallel: parallel_lib.Parallel) -> BatchSchedule:
+  """Returns how many rows each batch has; processes and micro-batches share them evenly."""
+  train = config.train
+  return BatchSchedule(
+    batch_rows=train.batch_rows,
+    context_length=config.model.context_length,
+    ramp_start_rows=train.ramp_start_rows,
+    ramp_tokens=train.ramp_tokens,
+    multiple=train.accumulation * parallel.process_count,
+  )
+
+
+def resolve_num_steps(config: PretrainConfig, schedule: BatchSchedule, rows_per_epoch: int) -> int:
+  """Converts the length of the run to updates."""
+  train = config.train
+  if train.num_steps is not None:
+    num_steps = train.num_steps
+  elif train.num_tokens is not None:
+    num_steps = schedule.batches_for(-(-train.num_tokens // config.model.context_length))
+  elif train.num_epochs is not None:
+    num_steps = schedule.batches_for(round(train.num_epochs * rows_per_epoch))
+  else:
+    raise ConfigError("the run has no length; set train.num_steps, num_tokens or num_epochs")
+  if num_steps < 1:
+    raise ConfigError("the run has no steps; raise train.num_steps, num_tokens or num_epochs")
+  return num_steps
+
+
+@dataclasses.dataclass
+class Pretraining:
+  """One run in this process: what its events share."""
+
+  config: PretrainConfig
+  run: RunDirectory
+  prepared: PreparedData
+  parallel: parallel_lib.Parallel
+  source: BatchSource
+  num_steps: int
+  started: float
+
+  def run_all(self) -> None:
+    """Restores or initialises, trains, and leaves a report."""
+    config, train = self.config, self.config.train
+    self._describe()
+    objective = LanguageModelObjective(config.model, train.loss_chunk_tokens)
+    self._eval_step = self.parallel.compile_eval(make_eval_step(objective))
+    self._find_bad = self.parallel.compile_eval(
+      functools.partial(first_bad_parameter, objective=objective)
+    )
+    train_step = self.parallel.compile_step(
+      make_train_step(
+        objective,
+        config.optimizer,
+        skip_nonfinite=train.skip_nonfinite,
+        spike_sigmas=train.spike_sigmas,
+      )
+    )
+    peak = hardware.peak_flops_per_second(
+      jax.devices(), config.model.compute_dtype, train.peak_flops_per_second
+    )
+    with CheckpointStore(
+      self.run.checkpoints_path, train.keep_latest, train.keep_every_steps
+    ) as self._store:
+      state, start_step = self._first_state()
+      with (
+        ProgressDisplay(
+          self.num_steps, start_step, is_enabled=self.parallel.process_index == 0
+        ) as display,
+        stop_signals(display.say) as is_stop_requested,
+        self._profiler() as profiler,
+        self._metrics_writer(start_step) as self._writer,
+        contextlib.closing(prefetch(self._batches(start_step), 2)) as batches,
+      ):
+        loop = Loop(
+          train_step=train_step,
+          num_steps=self.num_steps,
+          events=self._events(),
+          save=self._save,
+          save_every_steps=train.save_every_steps or config.eval.every_steps,
+          write=self._write,
+          show=lambda step, line: display.update(step, **line),
+          status=display.status,
+          log_every_steps=train.log_every_steps,
+          flops_per_token=hardware.flops_per_token(config.model),
+          peak_flops_per_second=peak.flops_per_second,
+          max_bad_steps=train.max_bad_steps,
+          diagnose=self._diagnose,
+          should_stop=lambda: self.parallel.agree(is_stop_requested()),
+          profile=profiler.before_step,
+        )
+        state, step = loop.run(state, batches, start_step)
+    self._write_report()
+    done = "done" if step == self.num_steps else "stopped; the same command goes on from here"
+    say(f"step {step} of {self.num_steps}, {done}: {self.run.path}")
+
+  def _profiler(self) -> Profiler:
+    train = self.config.train
+    return Profiler(f"{self.run.path}/profile", train.profile_start_step, train.profile_num_steps)
+
+  def _describe(self) -> None:
+    config = self.config
+    model = config.model
+    estimate = hardware.memory_estimate(
+      model,
+      config.optimizer,
+      config.train,
+      num_devices=self.parallel.num_devices,
+      backend=jax.default_backend(),
+    )
+    say(
+      f"model: {report.format_count(count_parameters(model))} parameters, {model.num_layers} layers"
+      f" x {model.model_dim}, context {model.context_length}"
+    )
+    say(
+      f"run: {self.num_steps:,} steps of {config.train.batch_rows} rows, seed {config.seed}, on"
+      f" {self.parallel.num_devices} {jax.devices()[0].device_kind} devices ({config.train.mode});"
+      f" about {report.format_bytes(estimate.total)} of memory each"
+    )
+    room = hardware.available_bytes(jax.local_devices()[0])
+    if room and estimate.total > room:
+      say(
+        f"warning: that is more than the {report.format_bytes(room)} there are; lower"
+        " train.batch_rows, raise train.accumulation, or set model.remat, train.loss_chunk_tokens"
+      )
+
+  def _first_state(self) -> tuple[TrainState, int]:
+    """Goes on from the newest whole checkpoint, or starts from init_from or from scratch."""
+    durations = resolve_durations(
+      self.config.optimizer, self.num_steps, self.source.schedule.tokens_before
+    )
+    optimizer, model = self.config.optimizer, self.config.model
+    hyper = hyperparameters(optimizer, durations, z_loss=self.config.train.z_loss)
+
+    def init(key):
+      init_key, run_key = jax.random.split(key)
+      return init_state(init_parameters(model, init_key), optimizer, hyper, run_key)
+
+    key = jax.random.key(self.config.seed)
+    restored = self._store.restore_latest(self.parallel.abstract_state(init, key))
+    if restored is not None:
+      for line in restored.skipped:
+        say(line)
+      self.run.drop_after(restored.step)
+      say(f"resuming after step {restored.step}")
+      return self.parallel.from_saved(restored.state), restored.step
+    state = self.parallel.init_state(init, key)
+    if self.config.init_from:
+      state = self._start_from(state)
+    return state, 0
+
+  def _start_from(self, state: TrainState) -> TrainState:
+    """Replaces the parameters by those of another run."""
+    if not is_run_directory(self.config.init_from):
+      raise CheckpointError(f'init_from "{self.config.init_from}" is not a run directory')
+    other = RunDirectory(self.config.init_from)
+    abstract = jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+      self.parallel.for_saving(state.params),
+    )
+    with CheckpointStore(other.checkpoints_path) as store:
+      restored = store.restore_params(abstract)
+    params = self.parallel.from_saved(restored.state)
+    say(f"starting from step {restored.step} of {self.config.init_from}")
+    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+    return state.replace(params=params, ema=ema)
+
+  def _batches(self, start_step: int) -> Iterator[Any]:
+    parallel = self.parallel
+    for batch in self.source.batches(start_step, parallel.process_index, parallel.process_count):
+      yield parallel.shard_batch(batch, self.config.train.accumulation)
+
+  def _metrics_writer(self, start_step: int) -> MetricsWriter:
+    if self.parallel.process_index:
+      return MetricsWriter(lambda line: None)
+    trackers = make_trackers(
+      self.config.train.trackers,
+      str(self.run.path),
+      config_lib.to_json(self.config),
+      resume_step=start_step,
+    )
+    return MetricsWriter(self.run.append_metrics, trackers)
+
+  def _write(self, step: int, line: Line) -> None:
+    self._writer.write(step, **line, seconds=time.time() - self.started)
+
+  def _events(self) -> list[Event]:
+    every_steps = self.config.eval.every_steps
+    events = []
+    if self.prepared.valid_tokens:
+      events.append(Event(every_steps, self._evaluate, "evaluating"))
+    if self.config.eval.sample_prompts:
+      events.append(Event(every_steps, self._sample, "sampling"))
+    return events
+
+  def _evaluate(self, step: int, state: TrainState, line: Line) -> Mapping[str, float]:
+    del step, line
+    config, parallel = self.config, self.parallel
+    batches = valid_batches(
+      self.prepared,
+      config.model.context_length,
+      config.eval.batch_rows,
+      config.eval.max_rows,
+      parallel.process_index,
+      parallel.process_count,
+    )
+    loss_sum = weight_sum = 0.0
+    for batch in batches:
+      sums = parallel.to_host(self._eval_step(state, parallel.shard_batch(batch, 1)))
+      loss_sum += float(sums["loss"][0])
+      weight_sum += float(sums["loss"][1])
+    valid_loss = loss_sum / weight_sum
+    bits = bits_per_byte(valid_loss, self.prepared.bytes_per_token)
+    return {"valid_loss": valid_loss, "valid_bits_per_byte": bits}
+
+  def _sample(self, step: int, state: TrainState, line: Line) -> None:
+    del line
+    config, tokenizer = self.config.eval, self.prepared.tokenizer
+    prompts = [prompt_ids(tokenizer, prompt) for prompt in config.sample_prompts]
+    new_tokens = sample_long(
+      self.parallel.for_decoding(state.eval_params),
+      self.config.model,
+      prompts,
+      max_new_tokens=config.sample_tokens,
+      temperature=config.sample_temperature,
+      key=jax.random.fold_in(jax.random.key(self.config.seed), step),
+    )
+    if self.parallel.process_index == 0:
+      for prompt, row in zip(config.sample_prompts, new_tokens):
+        self.run.append_samples(step, prompt + tokenizer.decode(row.tolist()))
+
+  def _save(self, step: int, state: TrainState, line: Line) -> None:
+    metrics = {name: line[name] for name in ("valid_loss",) if name in line}
+    self._store.save(step, self.parallel.for_saving(state), metrics, force=True)
+    self._write_report()
+
+  def _diagnose(self, state: TrainState, batch: Any) -> str:
+    is_finite = self.parallel.to_host(self._find_bad(state, batch))
+    bad = next((name for name, finite in is_finite.items() if not finite), None)
+    return f"the first that is not finite is the {bad}" if bad else "every parameter is finite"
+
+  def _write_report(self) -> None:
+    if self.parallel.process_index:
+      return
+    prompts = self.config.eval.sample_prompts
+    samples = []
+    for step, text in self.run.read_samples():
+      prompt = max((p for p in prompts if text.startswith(p)), key=len, default="")
+      samples.append((step, prompt, text[len(prompt) :]))
+    self.run.flush()
+    page = training_report(
+      self.run.path.name,
+      self.run.read_metrics(),
+      samples=samples,
+      facts={"Parameters": report.format_count(count_parameters(self.config.model))},
+      config_json=config_lib.to_json(self.config),
+      environment=report.environment(jax.devices()),
+    )
+    self.run.write_report(page)
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+  """Encodes a prompt; an empty one is the end token, or a line break where there is none."""
+  if prompt:
+    return tokenizer.encode(prompt)
+  return [tokenizer.end_id] if tokenizer.end_id is not None else tokenizer.encode("\n")
+
+
+def show_row(config: PretrainConfig, step: int, row: int) -> list[Any]:
+  """Finds what row `row` of the batch of update `step` (0-based) was made from; see Span."""
+  prepared = prepare_data(config.data, report=lambda line: None)
+  parallel = make_parallel(config)
+  schedule = batch_schedule(config, parallel)
+  source = BatchSource(prepared, config.model.context_length, config.seed, schedule)
+  return source.locate(step, row)
