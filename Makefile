@@ -9,6 +9,7 @@ ARGS ?=
 ifneq ($(filter $(ACCELERATOR),auto cpu cuda tpu),$(ACCELERATOR))
 $(error ACCELERATOR is "$(ACCELERATOR)"; it must be auto, cpu, cuda or tpu)
 endif
+# The .venv may have a GPU's jax from before.
 ifeq ($(ACCELERATOR),cpu)
 export JAX_PLATFORMS := cpu
 endif
@@ -22,6 +23,7 @@ CHECK_PYTHON := import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= 
   "$(PYTHON) is Python %d.%d; gptjax needs 3.11, 3.12 or 3.13: set PYTHON=python3.12" % sys.version_info[:2])
 
 .PHONY: help setup data pretrain test test-slow test-hf lint fmt ci smoke bench prove-resume golden clean
+
 # One .venv: its installs, and tests that measure time, must not run side by side.
 .NOTPARALLEL:
 
