@@ -126,9 +126,7 @@ def _splash_attention(query_BLHK, key_BLHK, value_BLHK, scale, window, segment_i
   _, length, num_heads, _ = query_BLHK.shape
   kernel = _splash_kernel(num_heads, length, window, jax.default_backend() != "tpu")
   # The kernel wants heads first and does not scale the scores.
-  query, key, value = (
-    jnp.swapaxes(x, 1, 2) for x in (query_BLHK * scale, key_BLHK, value_BLHK)
-  )
+  query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query_BLHK * scale, key_BLHK, value_BLHK))
   if segment_ids_BL is None:
     out_BHLK = jax.vmap(lambda q, k, v: kernel(q, k, v))(query, key, value)
   else:

@@ -57,7 +57,9 @@ def hidden_states(
   embedding_key, layers_key = (None, None) if key is None else jax.random.split(key)
   x_TD = embed(params, batch.tokens_BL, batch.positions_BL, config)
   x_TD = dropout(x_TD, config.embedding_dropout, embedding_key)
-  x_TD = run_layers(params["layers"], x_TD, config, row_mixer(batch, config, layers_key), layers_key)
+  x_TD = run_layers(
+    params["layers"], x_TD, config, row_mixer(batch, config, layers_key), layers_key
+  )
   return final_norm(params, x_TD, config).reshape(num_rows, length, config.model_dim)
 
 
