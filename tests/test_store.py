@@ -331,14 +331,30 @@ def test_a_damaged_step_can_be_saved_again_and_again(checkpoints):
   assert {"2", "2.damaged", "2.damaged2"} <= {path.name for path in checkpoints.iterdir()}
 
 
-def test_harmed_older_checkpoint_does_not_stop_saving(checkpoints):
-  for file in sorted(checkpoints.glob("1/**/*")):
-    if file.is_file():
-      flip(file)
+@pytest.mark.parametrize("harm", [truncate, empty, flip, os.unlink])
+def test_harmed_metrics_of_an_older_checkpoint_do_not_stop_saving(tmp_path, harm):
+  abstract = to_abstract({"params": jnp.float32(0)})
+  with CheckpointStore(tmp_path, keep_latest=1) as store:
+    for step in (1, 2, 3):
+      store.save(step, {"params": jnp.float32(step)}, {"valid_loss": step})
+  harm(tmp_path / "1" / "metrics" / "metrics")
+  with CheckpointStore(tmp_path, keep_latest=1) as store:
+    restored = store.restore_latest(abstract)
+    assert restored.step == 3
+    assert len(restored.skipped) == 1 and "1.damaged" in restored.skipped[0]
+    store.save(4, restored.state, {"valid_loss": 2.0})
+    assert store.best_step() == 4
+  assert store.steps() == [4]
+
+
+def test_a_checkpoint_half_deleted_by_a_crash_does_not_stop_saving(checkpoints):
+  shutil.rmtree(checkpoints / "1" / "state")
+  os.unlink(checkpoints / "1" / "checksums.json")
+  (checkpoints / "0").mkdir()
   with CheckpointStore(checkpoints) as store:
-    assert store.restore_latest(to_abstract(make_state())).step == 2
-    store.save(3, make_state(3), {"valid_loss": 1.0})
-    assert store.best_step() == 3
+    restored = store.restore_latest(to_abstract(make_state()))
+    assert (restored.step, restored.skipped) == (2, [])
+    store.save(3, make_state(3))
   assert store.steps() == [2, 3]
 
 

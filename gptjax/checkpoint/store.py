@@ -184,8 +184,8 @@ class CheckpointStore:
         be those it was saved with.
 
     Returns:
-      None if nothing was ever saved here. Damaged checkpoints are renamed to `<step>.damaged`
-      so that training can save these steps again; `skipped` has a line about each.
+      None if nothing was ever saved here. Damaged checkpoints that would be in the way of saving
+      are renamed to `<step>.damaged`; `skipped` has a line about each.
 
     Raises:
       CheckpointError: no checkpoint can be read, or it is of another model, which names the
@@ -195,11 +195,12 @@ class CheckpointStore:
     if not self.steps():
       return None
     restored, damaged = self._restore_newest(lambda path: _restore_state(path, abstract_state))
+    damaged |= self._find_damaged_metrics(restored.step)
     if damaged:
       self.close()
-      for step in damaged:
+      for step, reason in damaged.items():
         moved = _move_aside(self.path, step)
-        restored.skipped.append(f"checkpoint {step} skipped, {damaged[step]}; kept as {moved}")
+        restored.skipped.append(f"checkpoint {step} skipped, {reason}; kept as {moved}")
     return restored
 
   def restore_params(self, abstract_params: PyTree, step: int | None = None) -> Restored:
@@ -256,6 +257,18 @@ class CheckpointStore:
       f'no checkpoint in "{self.path}" can be read ({reasons}); restore a copy of one of them,'
       " or choose another --workdir to start afresh"
     )
+
+  def _find_damaged_metrics(self, before_step: int) -> dict[int, str]:
+    """Finds older steps that would stop orbax: to save, it reads the metrics of all there are."""
+    damaged = {}
+    for step in self.steps():
+      folder = self.path / str(step)
+      if step < before_step and (folder / "metrics").exists():
+        try:
+          _check_whole(folder, "metrics")
+        except _DamagedError as error:
+          damaged[step] = str(error)
+    return damaged
 
   def _open(self) -> ocp.CheckpointManager:
     """Creates orbax's manager at the first save: reading needs none, and it is not free."""
