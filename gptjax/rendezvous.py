@@ -7,16 +7,20 @@ they are, and everyone knows at every moment who is missing. Knows nothing of ja
 
 import socket
 import time
+from collections.abc import Callable, Iterator
 
 from gptjax.errors import ConfigError, UserError
 
 _RETRY_SECONDS = 0.2
 _HELLO_SECONDS = 5.0
-_READY = "ready"
 
 
 def meet(
-  coordinator: str, num_processes: int, process_id: int, timeout_seconds: float, announce=None
+  coordinator: str,
+  num_processes: int,
+  process_id: int,
+  timeout_seconds: float,
+  announce: Callable[[str], None] = lambda line: None,
 ) -> None:
   """Waits until all processes have called it with the same coordinator.
 
@@ -33,7 +37,6 @@ def meet(
   """
   host, port = _parse_address(coordinator)
   deadline = time.monotonic() + timeout_seconds
-  announce = announce or (lambda line: None)
   missing = (
     _receive(port, num_processes, deadline, announce)
     if process_id == 0
@@ -62,13 +65,14 @@ def _receive(port: int, num_processes: int, deadline: float, announce) -> list[i
   listener = _listen(port)
   try:
     while missing := [i for i in range(1, num_processes) if i not in joined]:
-      announce(f"waiting for processes {_join_ids(missing)} of {num_processes}")
-      _tell(joined, _join_ids(missing))
+      ids = ", ".join(str(i) for i in missing)
+      announce(f"waiting for processes {ids} of {num_processes}")
+      _tell(joined, f"missing {ids}")
       connection = _accept(listener, deadline)
       if connection is None:
         return missing
       _admit(connection, joined, num_processes)
-    _tell(joined, _READY)
+    _tell(joined, "ready")
     return []
   finally:
     for connection in joined.values():
@@ -130,21 +134,31 @@ def _join(
 ) -> list[int]:
   """Another process: reports to process 0 and follows who is missing."""
   announce(f"process {process_id} of {num_processes} waits for process 0 at {host}:{port}")
-  connection = _connect(host, port, deadline)
-  if connection is None:
-    return [0]
-  missing = ""
-  with connection:
-    connection.sendall(f"gptjax {process_id} {num_processes}\n".encode())
-    for line in _lines_until(connection, deadline):
-      if line == _READY:
-        return []
-      if line.startswith("refused "):
-        raise ConfigError(
-          f"process {process_id} of {num_processes} was {line.replace(' ', ': ', 1)}"
-        )
-      missing = line
-  return [int(i) for i in missing.split(", ")] if missing else [0]
+  greeting = f"gptjax {process_id} {num_processes}\n".encode()
+  while (connection := _connect(host, port, deadline)) is not None:
+    with connection:
+      missing = _follow(connection, greeting, deadline)
+    if missing is not None:
+      return missing
+    time.sleep(_RETRY_SECONDS)
+  return [0]
+
+
+def _follow(connection: socket.socket, greeting: bytes, deadline: float) -> list[int] | None:
+  """Returns who is missing at the end, or None if the other side was not process 0.
+
+  The coordinator of a run that is just ending, for example, still holds the port.
+  """
+  missing = None
+  for line in _exchange(connection, greeting, deadline):
+    word, _, rest = line.partition(" ")
+    if word == "ready":
+      return []
+    if word == "refused":
+      raise ConfigError(f"process {greeting.split()[1].decode()} was refused: {rest}")
+    if word == "missing":
+      missing = [int(i) for i in rest.split(",")]
+  return missing
 
 
 def _connect(host: str, port: int, deadline: float) -> socket.socket | None:
@@ -156,20 +170,17 @@ def _connect(host: str, port: int, deadline: float) -> socket.socket | None:
   return None
 
 
-def _lines_until(connection: socket.socket, deadline: float):
-  """Yields the lines that arrive before the deadline or the end of the connection."""
+def _exchange(connection: socket.socket, greeting: bytes, deadline: float) -> Iterator[str]:
+  """Greets; yields the lines that come before the deadline or the end of the connection."""
   buffered = b""
-  while (seconds_left := deadline - time.monotonic()) > 0:
-    connection.settimeout(seconds_left)
-    try:
+  try:
+    connection.sendall(greeting)
+    while (seconds_left := deadline - time.monotonic()) > 0:
+      connection.settimeout(seconds_left)
       received = connection.recv(4096)
-    except OSError:
-      return
-    if not received:
-      return
-    *lines, buffered = (buffered + received).split(b"\n")
-    yield from (line.decode() for line in lines)
-
-
-def _join_ids(ids: list[int]) -> str:
-  return ", ".join(str(i) for i in ids)
+      if not received:
+        return
+      *lines, buffered = (buffered + received).split(b"\n")
+      yield from (line.decode(errors="replace") for line in lines)
+  except OSError:
+    return

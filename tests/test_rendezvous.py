@@ -58,7 +58,7 @@ def test_a_process_of_another_number_is_told():
 def test_a_process_id_given_twice_is_told():
   errors = meet_all([(3, 0), (3, 1), (3, 1)], timeout_seconds=1)
   messages = sorted(str(error) for error in errors)
-  assert messages[0] == "process 1 of 3 was refused: process_id 1 is taken"
+  assert messages[0] == "process 1 was refused: process_id 1 is taken"
   assert all("process 2 of 3 did not reach" in message for message in messages[1:])
 
 
@@ -81,6 +81,27 @@ def test_strangers_at_the_port_do_no_harm():
   finally:
     stop.set()
     thread.join()
+
+
+@pytest.mark.parametrize("says", [b"", b"\x00\xff\nHTTP/2\n"])
+def test_another_server_at_the_port_is_not_taken_for_process_0(says):
+  with socket.create_server(("", 0)) as listener:
+
+    def serve():
+      while True:
+        try:
+          connection, _ = listener.accept()
+        except OSError:
+          return
+        connection.sendall(says)
+        connection.close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    (error,) = meet_all([(2, 1)], timeout_seconds=0.5, port=listener.getsockname()[1])
+    listener.shutdown(socket.SHUT_RDWR)
+    thread.join()
+  assert str(error).startswith("process 0 of 2 did not reach")
 
 
 @pytest.mark.parametrize("address", ["host", ":1234", "host:", "host:x", "host:70000"])
