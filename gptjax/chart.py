@@ -81,11 +81,11 @@ def line_chart(
     if len(lines) > 1
   )
   return (
-    f'<figure class="chart"><figcaption>{html.escape(title)}</figcaption>'
+    f'<figure class="chart"><figcaption>{html.escape(title)}<output></output></figcaption>'
     f'<svg viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" role="img" aria-label="{html.escape(title)}">'
     f"<title>{html.escape(_describe(title, lines))}</title>"
     f"{_draw_axes(x_axis, y_axis, x_label, y_label)}{''.join(drawn)}"
-    f'<g class="hover"></g></svg><div class="legend">{legend}<output></output></div>'
+    f'<g class="hover"></g></svg><div class="legend">{legend}</div>'
     f'<script type="application/json">{_script_json(scales)}</script></figure>'
   )
 
@@ -153,17 +153,14 @@ def nice_step(rough: float) -> float:
 
 
 def smooth(values: Sequence[float], span: int) -> list[float]:
-  """Averages each value with its neighbours, `span` values together.
+  """Averages each value with its neighbours, about `span` values together.
 
-  The window is centred, and shrinks towards the ends: the line does not lag behind the values, as
-  an exponential mean does where a loss falls fast.
+  The window is centred, so the line does not lag where a loss falls fast, as an exponential mean
+  does; it shrinks towards the first value, and at the end keeps what lies behind.
   """
-  sums = [0.0, *itertools.accumulate(values)]
-  result = []
-  for i in range(len(values)):
-    reach = min(span // 2, i, len(values) - 1 - i)
-    result.append((sums[i + reach + 1] - sums[i - reach]) / (2 * reach + 1))
-  return result
+  sums, half, count = [0.0, *itertools.accumulate(values)], span // 2, len(values)
+  windows = [(i - min(half, i), min(i + min(half, i), count - 1) + 1) for i in range(count)]
+  return [(sums[end] - sums[start]) / (end - start) for start, end in windows]
 
 
 def _clean(series: Series, is_log: bool) -> Series:

@@ -244,7 +244,9 @@ p { max-width: 75ch; margin: 0 0 12px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr));
   gap: 14px; }
 figure { margin: 0; padding: 12px 14px 10px; min-width: 0; }
-figcaption { font-weight: 600; font-size: 14px; margin-bottom: 4px; }
+figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 12px;
+  font-weight: 600; font-size: 14px; margin-bottom: 4px; }
+output { color: var(--dim); font-weight: 400; font-variant-numeric: tabular-nums; }
 svg { display: block; width: 100%; height: auto; touch-action: pan-y; }
 svg text { fill: var(--dim); font-size: 12px; font-variant-numeric: tabular-nums; }
 svg .x { text-anchor: middle; } svg .y { text-anchor: end; }
@@ -255,10 +257,9 @@ circle { fill: currentColor; stroke: none; }
 .hover line { stroke: var(--dim); stroke-dasharray: 3 3; }
 .c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); }
 .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 13px; min-height: 1.6em; }
+.legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 13px; }
 .legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px;
   background: currentColor; margin-right: 6px; vertical-align: middle; }
-.legend output { margin-left: auto; color: var(--ink); font-variant-numeric: tabular-nums; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: 6px 18px 6px 0; border-bottom: 1px solid var(--rule);
@@ -305,8 +306,13 @@ for (const figure of document.querySelectorAll("figure.chart")) {
     hover.innerHTML = `<line x1="${px}" x2="${px}" y1="${y.end}" y2="${y.start}"/>` +
       found.map((p, i) => `<circle class="c${i % 6}" r="4" cx="${place(x, p[0])}" ` +
         `cy="${place(y, p[1])}"/>`).join("");
-    output.textContent = `${label} ${main[0].toLocaleString("en")}: ` +
-      found.map((p) => p[1].toPrecision(4).replace(/\\.?0+$/, "")).join(" / ");
+    const words = found.map((p, i) => {
+      const word = document.createElement("span");
+      if (found.length > 1) word.className = `c${i % 6}`;
+      word.textContent = " " + p[1].toLocaleString("en", {maximumSignificantDigits: 4});
+      return word;
+    });
+    output.replaceChildren(`${label} ${main[0].toLocaleString("en")}:`, ...words);
   });
   svg.addEventListener("pointerleave", () => { hover.innerHTML = ""; output.textContent = ""; });
 }

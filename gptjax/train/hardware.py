@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from gptjax import tree
-from gptjax.model.attention import choose_kernel
+from gptjax.batch import Batch
 from gptjax.model.config import ModelConfig
-from gptjax.model.parameters import model_specs
+from gptjax.model.decoder import row_mixer, run_layers
+from gptjax.model.parameters import decoder_specs, model_specs
 from gptjax.report import format_bytes
 from gptjax.train.config import OptimizerConfig, TrainConfig
 
@@ -161,7 +162,7 @@ class MemoryEstimate:
     parameters: float32 weights, vocabulary padding included.
     optimizer_state: moments, and the average of the parameters where one is kept.
     gradients: float32; twice under accumulation: the sum and the micro-batch's own.
-    activations: what the backward pass keeps of every layer, and one layer's working set.
+    activations: what the backward pass keeps of the layers.
     logits: float32 logits and their gradient, of a chunk or of the whole micro-batch.
   """
 
@@ -191,7 +192,6 @@ def memory_estimate(
   *,
   num_devices: int,
   row_tokens: int | None = None,
-  backend: str = "cpu",
 ) -> MemoryEstimate:
   """Estimates the memory of a training step before anything is compiled.
 
@@ -199,11 +199,11 @@ def memory_estimate(
     model, optimizer, train: the run.
     num_devices: of the whole run.
     row_tokens: L; None is the context length.
-    backend: "cpu", "gpu" or "tpu"; decides whether attention keeps its weights.
 
   Returns:
-    Bytes on each device. It counts arrays, so what XLA fuses away or fragments is not in it; on CPU
-    it lies within a factor of 1.5 of XLA's own figure (tests/test_hardware.py).
+    Bytes on each device, of the arrays that jax keeps; XLA fuses some away and copies others. In
+    float32 on CPU it lies within a factor of 1.5 of XLA's own figure (tests/test_hardware.py),
+    except that XLA on CPU undoes remat in unrolled layers.
   """
   data, fsdp, tensor = _mesh_sizes(train, num_devices)
   row_tokens = row_tokens or model.context_length
@@ -220,7 +220,7 @@ def memory_estimate(
     parameters=round(4 * num_parameters),
     optimizer_state=round(4 * (moments + average)),
     gradients=round(4 * num_parameters * (2 if train.accumulation > 1 else 1)),
-    activations=round(tokens * _activation_bytes(model, row_tokens, tensor, backend)),
+    activations=round(rows * _activation_bytes(model, row_tokens) / tensor),
     logits=round(2 * 4 * chunk * model.padded_vocab_size / tensor),
   )
 
@@ -242,16 +242,33 @@ def _mesh_sizes(train: TrainConfig, num_devices: int) -> tuple[int, int, int]:
   return data, fsdp, tensor
 
 
-def _activation_bytes(model: ModelConfig, row_tokens: int, tensor: int, backend: str) -> float:
-  """Bytes a token: what every layer keeps, plus one layer in full while its backward pass runs."""
-  item = jnp.dtype(model.compute_dtype).itemsize
-  D, A, F = model.model_dim, model.attention_dim / tensor, model.ffw_width / tensor
-  has_dropout = model.attention_dropout > 0
-  dtype = jnp.dtype(model.compute_dtype)
-  kernel = choose_kernel(model, row_tokens, dtype, has_dropout, backend)
-  # Softmax in float32, and the weights cast for the second product; the kernels keep neither.
-  scores = model.num_heads / tensor * row_tokens * (4 if item == 4 else 4 + item)
-  # Residual stream and norm before each half; query, key, value, mix; around the activation.
-  whole = item * (4 * D + 4 * A + 3 * F) + (scores if kernel == "xla" else 0)
-  kept = {"none": whole, "dots": item * (3 * D + 3 * A + F), "full": item * D}[model.remat]
-  return model.num_layers * kept + whole
+def _activation_bytes(model: ModelConfig, row_tokens: int) -> float:
+  """Bytes a row: what every layer keeps; under remat also one period of layers computed again."""
+  num_periods = model.num_layers / len(model.attention_pattern)
+  kept = num_periods * _residual_bytes(model, row_tokens)
+  if model.remat == "none":
+    return kept
+  return kept + _residual_bytes(dataclasses.replace(model, remat="none"), row_tokens)
+
+
+def _residual_bytes(model: ModelConfig, row_tokens: int) -> int:
+  """Bytes a row that jax keeps of one period of layers, by tracing it, without compiling."""
+  layers = dataclasses.replace(model, num_layers=len(model.attention_pattern), scan_layers=False)
+  params = jax.tree.map(
+    lambda spec: jax.ShapeDtypeStruct(spec.shape, jnp.float32), decoder_specs(layers)["layers"]
+  )
+  rates = (model.attention_dropout, model.residual_dropout)
+
+  def residuals(params, x_TD):
+    key = jax.random.key(0) if any(rates) else None
+    tokens_BL = jnp.zeros((x_TD.shape[0] // row_tokens, row_tokens), jnp.int32)
+    mix = row_mixer(Batch(tokens_BL, tokens_BL, None), layers, key)
+    return jax.vjp(lambda p, x: run_layers(p, x, layers, mix, key), params, x_TD)[1]
+
+  def count(rows):
+    x_TD = jax.ShapeDtypeStruct((rows * row_tokens, model.model_dim), model.compute_dtype)
+    leaves = jax.tree.leaves(jax.eval_shape(residuals, params, x_TD))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+  # The difference of two and one rows leaves out kernels and masks, which every row shares.
+  return count(2) - count(1)

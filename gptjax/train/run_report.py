@@ -66,7 +66,7 @@ def _headline(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
   best, last = best_evaluation(metrics), metrics[-1] if metrics else {"step": 0}
   values = {}
   if best:
-    values["Best validation loss"] = f"{best['valid_loss']:.4f}"
+    values["Best valid loss"] = f"{best['valid_loss']:.4f}"
     if _is_finite(best, "valid_bits_per_byte"):
       values["Bits per byte"] = f"{best['valid_bits_per_byte']:.4f}"
     values["At step"] = f"{best['step']:,}"
