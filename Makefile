@@ -75,7 +75,7 @@ fmt: $(VENV)/installed-test  ## let ruff fix and format
 smoke:  ## the README's commands on a tiny model, in seconds
 	rm -rf runs/smoke
 	$(MAKE) pretrain CONFIG=experiments/shakespeare.py:tiny WORKDIR=runs/smoke
-	$(MAKE) pretrain CONFIG=experiments/shakespeare.py:tiny WORKDIR=runs/smoke 2>&1 | grep -i finished
+	$(MAKE) pretrain CONFIG=experiments/shakespeare.py:tiny WORKDIR=runs/smoke 2>&1 | grep 'nothing to do'
 
 ci: lint test test-slow test-hf smoke  ## all that .ci/run runs
 
