@@ -67,11 +67,12 @@ def show_progress(name: str, total: int | None = None) -> Iterator[Callable[[int
 
 
 @contextlib.contextmanager
-def cache_errors_named(cache_dir: str) -> Iterator[None]:
+def disk_errors_named(
+  directory: str, remedy: str = "set data.cache_dir to a folder with room"
+) -> Iterator[None]:
+  """Turns an unwritable or full disk into one line that names the directory and the remedy."""
   try:
     yield
   except OSError as error:
-    raise DataError(
-      f'token files cannot be built in "{cache_dir}": {error.strerror or error};'
-      " set data.cache_dir to a folder with room"
-    ) from error
+    reason = error.strerror or error
+    raise DataError(f'"{directory}" cannot be written: {reason}; {remedy}') from error

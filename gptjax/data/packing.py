@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gptjax.data.building import build_once, cache_errors_named
+from gptjax.data.building import build_once, disk_errors_named
 from gptjax.data.token_files import NpyWriter, TokenFiles
 
 # Segments that are packed together: enough to fill rows well, few enough for any memory.
@@ -39,7 +39,7 @@ class PackingPlan:
 def open_packing_plan(tokens: TokenFiles, context_length: int) -> PackingPlan:
   """Reads the plan of a split for one context length, or makes and stores it."""
   folder = tokens.folder / f"{tokens.split}-packed-{context_length}"
-  with cache_errors_named(str(tokens.folder.parent)):
+  with disk_errors_named(str(tokens.folder.parent)):
     build_once(
       folder, Path.is_dir, lambda temporary: _write_plan(tokens, context_length, temporary)
     )

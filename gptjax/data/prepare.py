@@ -11,13 +11,13 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gptjax.data.building import build_once, cache_errors_named, show_progress
+from gptjax.data.building import build_once, disk_errors_named, show_progress
 from gptjax.data.config import CorpusConfig, DataConfig
 from gptjax.data.corpus import Document, Source, find_files, find_sources, read_documents
 from gptjax.data.encoding import encode_documents
@@ -37,8 +37,9 @@ SPLITS = ("train", "valid")
 
 # Smaller corpora are tokenised before a process would have started.
 PROCESSES_FROM_BYTES = 32 << 20
-# Larger ones train their BPE on an even sample of this size.
-BPE_SAMPLE_BYTES = 1 << 30
+# Larger ones train their BPE on a sample. Where words are not parted by spaces nearly every word
+# is distinct, and training takes about 140 bytes of memory for each byte of them.
+BPE_SAMPLE_CHARS = 32 << 20
 # Files up to this size are known by their content, larger ones by size and time of change.
 HASHED_FILE_BYTES = 64 << 20
 
@@ -85,7 +86,7 @@ def prepare_data(config: DataConfig, *, report: Callable[[str], None] = print) -
   """
   inputs = {name: _find_inputs(name, corpus) for name, corpus in config.corpora.items()}
   cache = Path(config.cache_dir).expanduser()
-  with cache_errors_named(config.cache_dir):
+  with disk_errors_named(config.cache_dir):
     cache.mkdir(parents=True, exist_ok=True)
     tokenizer = _make_tokenizer(config, inputs, cache)
     report(f"tokenizer: {config.tokenizer}, {tokenizer.vocab_size:,} entries")
@@ -243,15 +244,23 @@ def _all_texts(inputs: Iterable[_Inputs], advance: Callable[[int], None]) -> Ite
       yield document.text
 
 
-def _bpe_texts(inputs: Iterable[_Inputs], advance: Callable[[int], None]) -> Iterator[str]:
-  """Streams training text, of large corpora evenly spread pieces of it."""
+def _bpe_texts(inputs: Sequence[_Inputs], advance: Callable[[int], None]) -> Iterator[str]:
+  """Streams training text: all of it, or of large corpora pieces evenly spread.
+
+  Where the size is not known beforehand, the first part instead.
+  """
+  share = BPE_SAMPLE_CHARS // len(inputs)
   for given in inputs:
-    stride = math.ceil((given.num_bytes or 0) / BPE_SAMPLE_BYTES) or 1
+    stride = math.ceil((given.num_bytes or 0) / share) or 1
     documents = split_documents(given, "before_space")
     documents = (document for document in documents if document.split == "train")
+    num_chars = 0
     for document in itertools.islice(documents, 0, None, stride):
+      num_chars += len(document.text)
       advance(len(document.text))
       yield document.text
+      if num_chars >= share:
+        break
 
 
 def split_documents(given: _Inputs, cuts: str) -> Iterator[Document]:
