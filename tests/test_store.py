@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -181,7 +182,12 @@ def test_restore_params_names_a_missing_step(checkpoints, tmp_path):
     CheckpointStore(tmp_path / "none").restore_params(params)
 
 
-def test_saved_params_gives_names_and_shapes(checkpoints):
+def test_saved_params_gives_names_and_shapes(checkpoints, tmp_path):
+  flip(checkpoints / "2" / "record" / "metadata")
+  with pytest.raises(CheckpointError, match="record/metadata has been altered"):
+    CheckpointStore(checkpoints).saved_params(step=2)
+  with pytest.raises(CheckpointError, match="no checkpoint in"):
+    CheckpointStore(tmp_path / "none").saved_params()
   saved = CheckpointStore(checkpoints).saved_params()
   assert {name: (leaf.shape, leaf.dtype.name) for name, leaf in saved.items()} == {
     "decoder/kernel": ((8, 64), "float32"),
@@ -366,6 +372,21 @@ def test_trouble_of_the_machine_is_not_taken_for_damage(checkpoints, monkeypatch
   with pytest.raises(CheckpointError, match="cannot be read now: RESOURCE_EXHAUSTED"):
     CheckpointStore(checkpoints).restore_latest(to_abstract(make_state()))
   assert sorted(path.name for path in checkpoints.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+  ("number", "expected"), [(errno.EIO, "(Input/output error)"), (errno.EACCES, "now: Permission")]
+)
+def test_a_bad_sector_is_damage_and_a_missing_permission_is_not(
+  checkpoints, monkeypatch, number, expected
+):
+  def fail(path):
+    raise OSError(number, os.strerror(number))
+
+  monkeypatch.setattr(store_lib, "_crc32", fail)
+  with pytest.raises(CheckpointError, match=re.escape(expected)) as error:
+    CheckpointStore(checkpoints).restore_latest(to_abstract(make_state()))
+  assert ("no checkpoint in" in str(error.value)) == (number == errno.EIO)
 
 
 # Another model

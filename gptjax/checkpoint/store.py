@@ -192,9 +192,12 @@ class CheckpointStore:
         leaves that differ.
     """
     self.wait()
-    if not self.steps():
+    steps = self.steps()
+    if not steps:
       return None
-    restored, damaged = self._restore_newest(lambda path: _restore_state(path, abstract_state))
+    restored, damaged = self._restore_newest(
+      lambda path: _restore_state(path, abstract_state), steps
+    )
     damaged |= self._find_damaged_metrics(restored.step)
     if damaged:
       self.close()
@@ -214,40 +217,40 @@ class CheckpointStore:
     Raises:
       CheckpointError: no (such) checkpoint, none readable, or parameters of another model.
     """
-    self.wait()
-    steps = self.steps()
-    if not steps or (step is not None and step not in steps):
-      wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-      raise CheckpointError(f'{wanted} in "{self.path}"; there are: {steps or "none"}')
     restored, damaged = self._restore_newest(
-      lambda path: _restore_params(path, abstract_params), steps if step is None else [step]
+      lambda path: _restore_params(path, abstract_params), self._candidates(step)
     )
     restored.skipped.extend(f"checkpoint {s} skipped, {why}" for s, why in damaged.items())
     return restored
 
   def saved_params(self, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
-    """Names the parameters of a checkpoint (None is the newest), with shapes and dtypes.
+    """Names the parameters `restore_params` would find, with their saved shapes and dtypes.
 
     Raises:
-      CheckpointError: no such checkpoint, or it is damaged.
+      CheckpointError: no (such) checkpoint, or none readable.
     """
-    step = self.latest_step() if step is None else step
-    try:
-      leaves = _read_record(self.path / str(step))["leaves"]
-    except _DamagedError as error:
-      raise CheckpointError(f'checkpoint {step} in "{self.path}" is unreadable: {error}') from None
+    record, _ = self._restore_newest(_read_record, self._candidates(step))
     return {
       name.removeprefix("params/"): jax.ShapeDtypeStruct(tuple(shape), dtype)
-      for name, (shape, dtype) in leaves.items()
+      for name, (shape, dtype) in record.state["leaves"].items()
       if name.startswith("params/")
     }
 
+  def _candidates(self, step: int | None) -> list[int]:
+    """Returns the one step asked for, or all; CheckpointError if there is none."""
+    self.wait()
+    steps = self.steps()
+    if not steps or (step is not None and step not in steps):
+      wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+      raise CheckpointError(f'{wanted} in "{self.path}"; there are: {steps or "none"}')
+    return steps if step is None else [step]
+
   def _restore_newest(
-    self, restore: Callable[[epath.Path], PyTree], steps: list[int] | None = None
+    self, restore: Callable[[epath.Path], PyTree], steps: list[int]
   ) -> tuple[Restored, dict[int, str]]:
     """Tries `restore` on steps, newest first; returns what came and why newer ones did not."""
     damaged = {}
-    for step in sorted(self.steps() if steps is None else steps, reverse=True):
+    for step in sorted(steps, reverse=True):
       try:
         return Restored(step, restore(self.path / str(step)), []), damaged
       except _DamagedError as error:
@@ -305,8 +308,8 @@ class CheckpointStore:
   def _write_checksums(self) -> None:
     """Runs in orbax's thread, on process 0, when all is written and not yet committed."""
     if not is_remote(self.path):
-      for folder in self.path.glob(f"{self._saving_step}.{_UNCOMMITTED}*"):
-        (folder / _CHECKSUMS).write_text(json.dumps(_checksums(folder)))
+      (folder,) = self.path.glob(f"{self._saving_step}.{_UNCOMMITTED}*")
+      (folder / _CHECKSUMS).write_text(json.dumps(_checksums(folder)))
 
   @contextlib.contextmanager
   def _reporting(self) -> Iterator[None]:
@@ -357,13 +360,14 @@ def _check_whole(folder: epath.Path, item: str = "*") -> None:
   """Raises _DamagedError unless every file (of one item) is the one that was written."""
   if is_remote(folder):
     return
-  try:
-    expected = json.loads((folder / _CHECKSUMS).read_text())
+  with _finding_damage():
+    try:
+      expected = json.loads((folder / _CHECKSUMS).read_text())
+    except FileNotFoundError:
+      raise _DamagedError(f"{_CHECKSUMS} is missing") from None
+    except ValueError:
+      raise _DamagedError(f"{_CHECKSUMS} has been altered") from None
     found = _checksums(folder, item)
-  except FileNotFoundError:
-    raise _DamagedError(f"{_CHECKSUMS} is missing") from None
-  except ValueError:
-    raise _DamagedError(f"{_CHECKSUMS} has been altered") from None
   for name in fnmatch.filter(expected, f"{item}/*"):
     if name not in found:
       raise _DamagedError(f"{name} is missing")
@@ -404,9 +408,11 @@ def _read_arrays(folder: epath.Path, abstract: PyTree) -> PyTree:
 
 @contextlib.contextmanager
 def _finding_damage() -> Iterator[None]:
-  """Turns what orbax raises on unreadable files into _DamagedError."""
+  """Turns what the system and orbax raise on unreadable files into _DamagedError."""
   try:
     yield
+  except _DamagedError:
+    raise
   except Exception as error:
     if isinstance(error, MemoryError) or any(word in str(error) for word in _TRANSIENT):
       raise CheckpointError(f"checkpoint cannot be read now: {_one_line(error)}") from error
