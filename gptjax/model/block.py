@@ -44,8 +44,10 @@ def layer_norm(params: dict, x_TD: jax.Array, epsilon: float) -> jax.Array:
   x = x_TD.astype(jnp.float32)
   centered = x - x.mean(axis=-1, keepdims=True)
   variance = jnp.square(centered).mean(axis=-1, keepdims=True)
-  scale_1D, bias_1D = params["scale"][None, :], params["bias"][None, :]
-  return (centered * jax.lax.rsqrt(variance + epsilon) * scale_1D + bias_1D).astype(x_TD.dtype)
+  y_TD = centered * jax.lax.rsqrt(variance + epsilon) * params["scale"][None, :]
+  if "bias" in params:
+    y_TD += params["bias"][None, :]
+  return y_TD.astype(x_TD.dtype)
 
 
 def linear(params: dict, x_TD: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ class ModelConfig:
     rotary_base: base of the rotary wavelengths.
     parallel_residual: attention and MLP read the same stream (GPT-J, GPT-NeoX).
     shared_norm: with parallel_residual, one norm feeds both (GPT-J).
-    qkv_bias, attention_output_bias, mlp_bias: biases of the projections.
+    norm_bias, qkv_bias, attention_output_bias, mlp_bias: biases of norms and projections.
     attention_pattern: kind of each layer, repeated over the depth: "global" or "local".
     window_size: a local layer attends to itself and the window_size - 1 tokens before.
     attention_scale: divide scores by "sqrt_head_dim" or by "one" (GPT-Neo).
@@ -65,6 +65,7 @@ class ModelConfig:
   rotary_base: float = 10_000.0
   parallel_residual: bool = False
   shared_norm: bool = False
+  norm_bias: bool = True
   qkv_bias: bool = True
   attention_output_bias: bool = True
   mlp_bias: bool = True

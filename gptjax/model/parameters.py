@@ -57,7 +57,8 @@ def decoder_specs(config: ModelConfig) -> dict[str, Any]:
     return specs | ({"bias": ParameterSpec((N, dim_out))} if bias else {})
 
   def norm(*stack):
-    return {"scale": ParameterSpec((*stack, D), mean=1.0), "bias": ParameterSpec((*stack, D))}
+    specs = {"scale": ParameterSpec((*stack, D), mean=1.0)}
+    return specs | ({"bias": ParameterSpec((*stack, D))} if config.norm_bias else {})
 
   layers = {
     "attention_norm": norm(N),

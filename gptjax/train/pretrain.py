@@ -247,7 +247,6 @@ class Pretraining:
       config.optimizer,
       config.train,
       num_devices=self.parallel.num_devices,
-      backend=jax.default_backend(),
     )
     say(
       f"model: {report.format_count(count_parameters(model))} parameters, {model.num_layers} layers"
@@ -323,6 +322,8 @@ class Pretraining:
     return MetricsWriter(self.run.append_metrics, trackers)
 
   def _write(self, step: int, line: Line) -> None:
+    if not self.config.train.z_loss:
+      line = {name: value for name, value in line.items() if name != "train_z_loss"}
     self._writer.write(step, **line, seconds=time.time() - self.started)
 
   def _events(self) -> list[Event]:

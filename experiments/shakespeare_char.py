@@ -1,0 +1,64 @@
+"""Tiny Shakespeare by characters: nanoGPT's CPU recipe, and ours to beat it with.
+
+Source: github.com/karpathy/nanoGPT, config/train_shakespeare_char.py with its README's CPU flags:
+  4 layers, 4 heads, width 128, context 64, batch 12, 2,000 steps, no dropout, no biases.
+Command: gptjax pretrain --config experiments/shakespeare_char.py --workdir runs/char
+  (the hub's copy of the text; offline: --config.data.hub= --config.data.files='["input.txt"]')
+  `:fast` is our recipe for the same model; `:tiny` runs in seconds.
+The rows of a batch are drawn without replacement, nanoGPT's with it.
+"""
+
+from gptjax.config import parse_arg, to_config_dict
+from gptjax.train.config import PretrainConfig
+
+
+def get_config(arg=None):
+  """Returns nanoGPT's recipe; `fast` changes the optimiser, `tiny` the sizes."""
+  arg = parse_arg(arg, fast=False, tiny=False)
+  config = to_config_dict(PretrainConfig())
+  config.data.hub = "karpathy/tiny_shakespeare"
+  config.data.tokenizer = "char"
+  config.data.end_token = ""
+  config.data.valid_fraction = 0.1
+
+  config.model.context_length = 64
+  config.model.num_layers = 4
+  config.model.model_dim = 128
+  config.model.num_heads = 4
+  config.model.activation = "gelu"
+  config.model.norm_bias = False
+  config.model.qkv_bias = False
+  config.model.attention_output_bias = False
+  config.model.mlp_bias = False
+  config.model.scan_layers = False
+
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.end_fraction = 0.1
+  config.optimizer.warmup_steps = 100
+  config.optimizer.weight_decay = 0.1
+  config.optimizer.beta2 = 0.99
+
+  config.train.num_steps = 2_000
+  config.train.batch_rows = 12
+  config.eval.every_steps = 250
+  config.eval.batch_rows = 256
+  config.eval.sample_prompts = ("\n",)
+  config.eval.sample_tokens = 300
+  if arg.fast:
+    config.optimizer.name = "muon"
+    config.optimizer.schedule = "linear"
+    config.optimizer.end_fraction = 0.0
+    config.optimizer.warmup_steps = 10
+    config.train.num_steps = 300
+    config.train.batch_rows = 32
+    config.eval.every_steps = 300
+  if arg.tiny:
+    config.model.context_length = 32
+    config.model.num_layers = 2
+    config.model.model_dim = 32
+    config.model.num_heads = 2
+    config.train.num_steps = 40
+    config.eval.every_steps = 20
+    config.eval.max_rows = 64
+    config.eval.sample_tokens = 40
+  return config
