@@ -118,7 +118,7 @@ def test_cpu_roof_does_not_grow_with_the_devices_shown(monkeypatch):
 
 MEMORY_CASES = {
   "activations": (SMALL, 16),
-  "unrolled": (dataclasses.replace(SMALL, scan_layers=False), 16),
+  "unrolled": (dataclasses.replace(SMALL, scan_layers=False, num_layers=2), 16),
   "remat": (dataclasses.replace(SMALL, remat="full"), 16),
   "parameters": (dataclasses.replace(SMALL, model_dim=384), 1),
   "logits": (dataclasses.replace(SMALL, vocab_size=8192, num_layers=1), 16),
