@@ -107,13 +107,15 @@ def _head_loss_forward(hidden_TD, head, targets_T, weights_T, z_loss, tied, voca
   def chunk_gradients(carry, chunk):
     hidden_TD, targets_T, weights_T = chunk
     logits_TV = _mask_padding(_head_logits(hidden_TD, head, tied), vocab_size)
-    log_normalizer_T = jax.nn.logsumexp(logits_TV, axis=-1)
+    # As jax.nn.softmax and logsumexp, but with one exponential for both.
+    peak_T = jnp.max(logits_TV, axis=-1)
+    exp_TV = jnp.exp(logits_TV - peak_T[:, None])
+    normalizer_T = jnp.sum(exp_TV, axis=-1)
+    log_normalizer_T = peak_T + jnp.log(normalizer_T)
     sums = _weigh(logits_TV, log_normalizer_T, targets_T, weights_T, z_loss)
-    probs_TV = jnp.exp(logits_TV - log_normalizer_T[:, None])
-    slope_T = 1 + 2 * z_loss * log_normalizer_T
-    d_logits_TV = weights_T[:, None] * (
-      slope_T[:, None] * probs_TV - _is_target(targets_T, logits_TV)
-    )
+    slope_T = (1 + 2 * z_loss * log_normalizer_T) / normalizer_T
+    d_logits_TV = slope_T[:, None] * exp_TV - _is_target(targets_T, logits_TV)
+    d_logits_TV = weights_T[:, None] * d_logits_TV
     d_hidden_TD, d_head = _head_gradients(hidden_TD, head, d_logits_TV, tied)
     return jax.tree.map(jnp.add, carry, (sums, d_head)), d_hidden_TD
 

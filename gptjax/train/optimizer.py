@@ -7,11 +7,14 @@ Newton-Schulz iterations) is static.
 """
 
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
+from jax import lax
+from jax.flatten_util import ravel_pytree
 
 from gptjax.train.config import OptimizerConfig
 from gptjax.train.schedule import Durations, learning_rate_factor
@@ -73,7 +76,11 @@ def learning_rate(config: OptimizerConfig, hyper: Hyperparameters, step: jax.Arr
 
 
 def make_optimizer(
-  config: OptimizerConfig, hyper: Hyperparameters, *, step: jax.Array
+  config: OptimizerConfig,
+  hyper: Hyperparameters,
+  *,
+  step: jax.Array,
+  axis_name: str | None = None,
 ) -> optax.GradientTransformation:
   """Builds the update rule inside a trace.
 
@@ -85,6 +92,8 @@ def make_optimizer(
     hyper: traced values; they leave the structure of the state alone.
     step: int32 scalar, completed updates. It drives the schedule, so that a skipped update does
       not delay the decay; Adam's own count of updates drives only its bias correction.
+    axis_name: axis of devices that hold the same parameters and gradients; they share Muon's
+      work. None where each device does all of it, or the compiler divides it (a mesh).
 
   Returns:
     A transformation whose `update` needs params, for the decay. `init` may use any step.
@@ -105,7 +114,7 @@ def make_optimizer(
   if config.name == "adamw":
     return optax.chain(clip, adamw)
   muon = optax.chain(
-    scale_by_muon(hyper.muon_momentum, config.muon_steps),
+    scale_by_muon(hyper.muon_momentum, config.muon_steps, axis_name),
     decay,
     optax.scale_by_learning_rate(hyper.muon_learning_rate * factor),
   )
@@ -117,23 +126,48 @@ def _rule_of_paths(params: PyTree) -> PyTree:
   return map_named(lambda name, _: "muon" if re.search(MUON_PATTERN, name) else "adamw", params)
 
 
-def scale_by_muon(momentum: jax.Array, num_steps: int) -> optax.GradientTransformation:
-  """Orthogonalises the Nesterov momentum of matrices [..., in, out] (Jordan et al. 2024).
+def scale_by_muon(
+  momentum: jax.Array, num_steps: int, axis_name: str | None = None
+) -> optax.GradientTransformation:
+  """Orthogonalises the Nesterov momentum of stacked matrices [N, in, out] (Jordan et al. 2024).
 
   The result is scaled by sqrt(max(1, out / in)), as in Jordan's code and optax's default, so that
   its effect on the root mean square of the output does not depend on the shape.
 
   optax.contrib.muon differs in Adam's bias correction of the momentum, which changes the balance
-  of gradient and momentum in the first updates only, and keeps the coefficients in its state.
+  of gradient and momentum in the first updates only, and in knowing nothing of other devices.
   """
 
-  def orthogonalize(update):
-    rows, columns = update.shape[-2:]
-    return newton_schulz(update, num_steps) * max(1.0, columns / rows) ** 0.5
+  def orthogonalize(stack):
+    rows, columns = stack.shape[-2:]
+    return newton_schulz(stack, num_steps) * max(1.0, columns / rows) ** 0.5
 
-  return optax.chain(
-    optax.trace(momentum, nesterov=True),
-    optax.stateless(lambda updates, _: jax.tree.map(orthogonalize, updates)),
+  def update(updates, _):
+    if axis_name is None:
+      return jax.tree.map(orthogonalize, updates)
+    return _map_shared(orthogonalize, updates, axis_name)
+
+  return optax.chain(optax.trace(momentum, nesterov=True), optax.stateless(update))
+
+
+def _map_shared(function: Callable, stacks: PyTree, axis_name: str) -> PyTree:
+  """Maps `function` over replicated stacks [N, ...]; each device computes its share of the layers.
+
+  One all-gather returns all of them, since each collective waits for the slowest device.
+  """
+  num_devices = lax.axis_size(axis_name)
+
+  def compute_share(stack):
+    num_layers = -(-stack.shape[0] // num_devices)
+    padding = num_layers * num_devices - stack.shape[0]
+    padded = jnp.pad(stack, [(0, padding)] + [(0, 0)] * (stack.ndim - 1))
+    start = lax.axis_index(axis_name) * num_layers
+    return function(lax.dynamic_slice_in_dim(padded, start, num_layers))
+
+  flat, unravel = ravel_pytree(jax.tree.map(compute_share, stacks))
+  shares = jax.vmap(unravel)(lax.all_gather(flat, axis_name))
+  return jax.tree.map(
+    lambda share, stack: share.reshape(-1, *stack.shape[1:])[: stack.shape[0]], shares, stacks
   )
 
 

@@ -56,7 +56,7 @@ def learning_rate_factor(schedule: str, hyper: Any, step: jax.Array) -> jax.Arra
   if schedule == "gpt1":
     warm = step < hyper.warmup_steps
     ramp = jnp.where(warm, step / jnp.maximum(hyper.warmup_steps, 1), 1.0)
-    return ramp * jnp.maximum(1 - step / hyper.total_steps, 0)
+    return ramp * jnp.maximum(hyper.total_steps - step, 0) / hyper.total_steps
   ramp = jnp.minimum((step + 1) / (hyper.warmup_steps + 1), 1)
   if schedule == "constant":
     return ramp
