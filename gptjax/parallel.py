@@ -72,25 +72,26 @@ def initialize_processes(
     ConfigError: some of the three are missing or out of range.
     UserError: some processes did not come; the message has their ids.
   """
+  given = {
+    "train.coordinator": coordinator or None,
+    "train.num_processes": num_processes,
+    "train.process_id": process_id,
+  }
+  missing = [flag for flag, value in given.items() if value is None]
   if jax.distributed.is_initialized():
     return
-  given = {"coordinator": coordinator or None, "num_processes": num_processes}
-  given["process_id"] = process_id
   method = "deactivate"
-  if all(value is None for value in given.values()):
+  if len(missing) == len(given):
     detected = _detect_processes(timeout_seconds)
     if detected is None:
       return
     method, coordinator, num_processes, process_id = detected
-  elif missing := [f"train.{name}" for name, value in given.items() if value is None]:
+  elif missing:
+    raise ConfigError(f"several processes need {', '.join(given)}; not set: {', '.join(missing)}")
+  if not 0 <= process_id < num_processes:
     raise ConfigError(
-      f"several processes need train.coordinator, train.num_processes and train.process_id;"
-      f" {' and '.join(missing)} not set"
-    )
-  if num_processes < 1 or not 0 <= process_id < num_processes:
-    raise ConfigError(
-      f"train.process_id is {process_id}; it must be from 0 to train.num_processes"
-      f" ({num_processes}) - 1"
+      f"train.process_id is {process_id}; it must be from 0 to train.num_processes - 1"
+      f" ({num_processes - 1})"
     )
   if num_processes == 1:
     return

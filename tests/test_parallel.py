@@ -367,9 +367,9 @@ def test_one_process_needs_no_network(monkeypatch):
 @pytest.mark.parametrize(
   ("flags", "message"),
   [
-    ({"coordinator": "a:1"}, "train.num_processes and train.process_id not set"),
-    ({"num_processes": 2, "process_id": 0}, "train.coordinator not set"),
-    ({"coordinator": "a:1", "num_processes": 2}, "train.process_id not set"),
+    ({"coordinator": "a:1"}, "not set: train.num_processes, train.process_id"),
+    ({"num_processes": 2, "process_id": 0}, "not set: train.coordinator"),
+    ({"coordinator": "a:1", "num_processes": 2}, "not set: train.process_id"),
     ({"coordinator": "a:1", "num_processes": 2, "process_id": 2}, "process_id is 2; it must"),
     ({"coordinator": "a", "num_processes": 2, "process_id": 1}, '"a"; it must be "host:port"'),
   ],
