@@ -1,6 +1,6 @@
 """Cross-entropy against float64 formulas, chunked against plain, and its memory."""
 
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -68,10 +68,17 @@ def chunked(*inputs, tied=True, z_loss=Z_LOSS, chunk_tokens=0):
   )
 
 
+in_chunks_of_10 = partial(chunked, chunk_tokens=10)
+
+
+@cache
+def differentiated(function, argnums, **options):
+  return jax.jit(jax.value_and_grad(partial(function, **options), argnums, has_aux=True))
+
+
 def value_and_gradients(function, inputs, **options):
   argnums = (0, 1) if inputs[2] is None else (0, 1, 2)
-  differentiate = jax.value_and_grad(partial(function, **options), argnums, has_aux=True)
-  return jax.jit(differentiate)(*inputs)
+  return differentiated(function, argnums, **options)(*inputs)
 
 
 def relative_error(got, expected):
@@ -85,7 +92,7 @@ def assert_near(got, expected, tolerance=TOLERANCE):
   assert max(jax.tree.leaves(errors)) < tolerance, errors
 
 
-@pytest.mark.parametrize("function", [plain, chunked, partial(chunked, chunk_tokens=10)])
+@pytest.mark.parametrize("function", [plain, chunked, in_chunks_of_10])
 def test_sums_and_gradients_are_those_of_the_formulas(function):
   inputs = make_inputs()
   loss, z, gradients = reference(*inputs)
@@ -102,7 +109,7 @@ def test_a_perturbed_input_is_noticed(which):
   _, _, expected = reference(*inputs)
   change = 1 if which == 3 else 1e-4
   inputs[which] = inputs[which].at[1].add(change)
-  _, got = value_and_gradients(chunked, inputs, chunk_tokens=10)
+  _, got = value_and_gradients(in_chunks_of_10, inputs)
   with pytest.raises(AssertionError):
     assert_near(got, expected)
 
@@ -136,7 +143,7 @@ def test_bfloat16_accumulates_in_float32():
     assert_near((got[0], got[1]), (d_hidden, d_kernel), 3e-3)
 
 
-@pytest.mark.parametrize("function", [plain, partial(chunked, chunk_tokens=10)])
+@pytest.mark.parametrize("function", [plain, in_chunks_of_10])
 def test_padded_columns_and_ignored_targets_change_nothing(function):
   hidden_TD, kernel_VD, bias_V, targets_T, weights_T = make_inputs()
   inputs = (hidden_TD, kernel_VD, bias_V, targets_T, weights_T)
@@ -150,7 +157,7 @@ def test_padded_columns_and_ignored_targets_change_nothing(function):
   assert_near(got[1], expected[1])
 
 
-@pytest.mark.parametrize("function", [plain, partial(chunked, chunk_tokens=10)])
+@pytest.mark.parametrize("function", [plain, in_chunks_of_10])
 def test_sums_weights_and_z_loss_carry_no_gradient(function):
   inputs = make_inputs()
 
@@ -181,7 +188,7 @@ def test_the_gradient_scales_with_what_follows():
     return total / sums["loss"][1]
 
   expected = jax.grad(mean)(inputs[0], plain)
-  assert_near(jax.grad(mean)(inputs[0], partial(chunked, chunk_tokens=10)), expected)
+  assert_near(jax.grad(mean)(inputs[0], in_chunks_of_10), expected)
 
 
 def test_under_pmap_and_on_a_mesh():
