@@ -49,14 +49,15 @@ def open_packing_plan(tokens: TokenFiles, context_length: int) -> PackingPlan:
 
 def _write_plan(tokens: TokenFiles, context_length: int, folder: Path) -> None:
   folder.mkdir()
-  segments, rows = NpyWriter(folder / "segments.npy", (2,)), NpyWriter(folder / "rows.npy", ())
-  for window_S2 in _segment_windows(tokens.document_starts, context_length):
-    for row in pack_best_fit(window_S2[:, 1].tolist(), context_length):
-      rows.append([segments.length])
-      segments.append(window_S2[row])
-  rows.append([segments.length])
-  segments.close()
-  rows.close()
+  with (
+    NpyWriter(folder / "segments.npy", (2,)) as segments,
+    NpyWriter(folder / "rows.npy") as rows,
+  ):
+    for window_S2 in _segment_windows(tokens.document_starts, context_length):
+      for row in pack_best_fit(window_S2[:, 1].tolist(), context_length):
+        rows.append([segments.length])
+        segments.append(window_S2[row])
+    rows.append([segments.length])
 
 
 def _segment_windows(document_starts: np.ndarray, context_length: int) -> Iterator[np.ndarray]:

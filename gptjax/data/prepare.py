@@ -4,6 +4,7 @@ Everything is built once, in `data.cache_dir`, in a folder named by the fingerpr
 first in a temporary folder, then renamed. Imports no jax.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -360,19 +361,23 @@ def _write_tokens(
   name: str, given: _Inputs, tokenizer: Tokenizer, processes: int | None, folder: Path
 ) -> dict[str, Any]:
   dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
-  writers = {split: TokenWriter(folder, split, tokenizer.end_id, dtype) for split in SPLITS}
   num_bytes = given.num_bytes
   if num_bytes is not None and num_bytes < PROCESSES_FROM_BYTES:
     processes = 0
   elif processes is None:
     processes = os.cpu_count() or 1
   encoded = encode_documents(split_documents(given, tokenizer.cuts), tokenizer, processes)
-  with show_progress(name, num_bytes) as advance:
+  with contextlib.ExitStack() as stack:
+    advance = stack.enter_context(show_progress(name, num_bytes))
+    writers = {
+      split: stack.enter_context(TokenWriter(folder, split, tokenizer.end_id, dtype))
+      for split in SPLITS
+    }
     for documents, arrays in encoded:
       for document, ids in zip(documents, arrays, strict=True):
         writers[document.split].append(document, ids)
       advance(sum(len(document.text.encode()) for document in documents))
-  return {split: writer.close() for split, writer in writers.items()}
+    return {split: writer.finish() for split, writer in writers.items()}
 
 
 def _describe_tokens(given: _Inputs, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:

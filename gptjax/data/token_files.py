@@ -7,6 +7,7 @@ nanoGPT's raw uint16 files and llm.c's files with a header are read where they a
 """
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import json
@@ -130,7 +131,7 @@ def is_whole(folder: Path) -> bool:
 
 
 class TokenWriter:
-  """Writes one split of a built folder, in memory that does not grow.
+  """Writes one split of a built folder, in memory that does not grow; a context manager.
 
   Args:
     folder: an existing folder.
@@ -142,8 +143,9 @@ class TokenWriter:
   def __init__(self, folder: Path, split: str, end_id: int | None, dtype: str):
     self.folder, self.split, self.dtype = folder, split, dtype
     self._end = None if end_id is None else np.array([end_id], dtype)
-    self._documents = NpyWriter(folder / f"{split}-documents.npy", ())
-    self._pieces = NpyWriter(folder / f"{split}-pieces.npy", (4,))
+    self._files = contextlib.ExitStack()
+    self._documents = self._files.enter_context(NpyWriter(folder / f"{split}-documents.npy"))
+    self._pieces = self._files.enter_context(NpyWriter(folder / f"{split}-pieces.npy", (4,)))
     self._shards: list[int] = []
     self._file = None
     self._num_tokens = self._text_bytes = 0
@@ -161,14 +163,16 @@ class TokenWriter:
     if document.is_end and self._end is not None:
       self._write(self._end)
 
-  def close(self) -> dict[str, Any]:
-    """Completes the files and returns the split's entry of the manifest."""
+  def __enter__(self) -> "TokenWriter":
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self._files.close()
+
+  def finish(self) -> dict[str, Any]:
+    """Ends the last document and returns the split's entry of the manifest."""
     num_documents = self._documents.length
     self._documents.append([self._num_tokens])
-    self._documents.close()
-    self._pieces.close()
-    if self._file:
-      self._file.close()
     shards = [Shard(self._name(i), 0, count, self.dtype) for i, count in enumerate(self._shards)]
     return split_entry(shards, num_documents, self._text_bytes)
 
@@ -176,10 +180,8 @@ class TokenWriter:
     self._num_tokens += len(ids)
     while len(ids):
       if not self._shards or self._shards[-1] == SHARD_TOKENS:
-        if self._file:
-          self._file.close()
-        name = self._name(len(self._shards))
-        self._file = open(self.folder / name, "wb")  # noqa: SIM115, closed by close()
+        path = self.folder / self._name(len(self._shards))
+        self._file = self._files.enter_context(path.open("wb"))
         self._shards.append(0)
       now, ids = np.split(ids, [SHARD_TOKENS - self._shards[-1]])
       self._file.write(now.tobytes())
@@ -190,12 +192,12 @@ class TokenWriter:
 
 
 class NpyWriter:
-  """Writes an int64 .npy of rows whose number is not known beforehand."""
+  """Writes an int64 .npy of rows whose number is not known beforehand; a context manager."""
 
-  def __init__(self, path: Path, row_shape: tuple[int, ...]):
+  def __init__(self, path: Path, row_shape: tuple[int, ...] = ()):
     self.length = 0
     self._row_shape = row_shape
-    self._file = open(path, "wb")  # noqa: SIM115, closed by close()
+    self._file = open(path, "wb")  # noqa: SIM115, closed by __exit__
     self._write_header()
 
   def append(self, values: Sequence[int] | np.ndarray) -> None:
@@ -204,7 +206,10 @@ class NpyWriter:
     self.length += data.size // int(np.prod(self._row_shape))
     self._file.write(data.tobytes())
 
-  def close(self) -> None:
+  def __enter__(self) -> "NpyWriter":
+    return self
+
+  def __exit__(self, *error: object) -> None:
     # numpy leaves room in the header for the first axis to grow in place.
     self._file.seek(0)
     self._write_header()
@@ -287,29 +292,29 @@ def describe_shards(
   Raises:
     DataError: a token that is not in the vocabulary.
   """
-  documents = NpyWriter(folder / f"{split}-documents.npy", ())
-  pieces = NpyWriter(folder / f"{split}-pieces.npy", (4,))
-  position, text_bytes, is_start = 0, 0, True
-  for shard in shards:
-    pieces.append([position, sources[shard.path], shard.offset_bytes, shard.end_byte])
-    for tokens in scan_shard(shard):
-      if tokens.max() >= len(bytes_of_token):
-        raise DataError(
-          f'token file "{shard.path}" holds token {tokens.max()}; the tokenizer has'
-          f" {len(bytes_of_token)}: set data.tokenizer to the one the file was made with"
-        )
-      counts = np.bincount(tokens, minlength=len(bytes_of_token))
-      text_bytes += int(counts @ bytes_of_token)
-      if is_start:
-        documents.append([position])
-      ends = np.flatnonzero(tokens == end_id) + 1 if end_id is not None else np.zeros(0, np.int64)
-      is_start = bool(len(ends)) and ends[-1] == len(tokens)
-      documents.append(position + (ends[:-1] if is_start else ends))
-      position += len(tokens)
-  num_documents = documents.length
-  documents.append([position])
-  documents.close()
-  pieces.close()
+  with (
+    NpyWriter(folder / f"{split}-documents.npy") as documents,
+    NpyWriter(folder / f"{split}-pieces.npy", (4,)) as pieces,
+  ):
+    position, text_bytes, is_start = 0, 0, True
+    for shard in shards:
+      pieces.append([position, sources[shard.path], shard.offset_bytes, shard.end_byte])
+      for tokens in scan_shard(shard):
+        if tokens.max() >= len(bytes_of_token):
+          raise DataError(
+            f'token file "{shard.path}" holds token {tokens.max()}; the tokenizer has'
+            f" {len(bytes_of_token)}: set data.tokenizer to the one the file was made with"
+          )
+        counts = np.bincount(tokens, minlength=len(bytes_of_token))
+        text_bytes += int(counts @ bytes_of_token)
+        if is_start:
+          documents.append([position])
+        ends = np.flatnonzero(tokens == end_id) + 1 if end_id is not None else np.zeros(0, np.int64)
+        is_start = bool(len(ends)) and ends[-1] == len(tokens)
+        documents.append(position + (ends[:-1] if is_start else ends))
+        position += len(tokens)
+    num_documents = documents.length
+    documents.append([position])
   return split_entry(shards, num_documents, text_bytes)
 
 

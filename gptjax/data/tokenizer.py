@@ -283,6 +283,7 @@ def find_cut(text: str, position: int, cuts: str) -> int | None:
 
   GPT-2's pattern has no word with a space after its first character, and its one look-ahead
   concerns runs of spaces, so the place between a non-space and a space always parts two words.
+  The spaces named are those on which Python's and the tokenizer's idea of a space agree.
   """
   if cuts == "anywhere":
     return position if position < len(text) else None
@@ -292,7 +293,7 @@ def find_cut(text: str, position: int, cuts: str) -> int | None:
   return None
 
 
-_SPACE_AFTER_WORD = re.compile(r"\S(?=\s)")
+_SPACE_AFTER_WORD = re.compile(r"\S(?=[ \t\n\r\u3000])")
 
 
 def _byte_level(model: models.Model) -> Backend:
