@@ -12,7 +12,8 @@ from gptjax.model.config import ModelConfig
 def rotary_angles(positions_BL: jax.Array, config: ModelConfig) -> jax.Array:
   """Returns the rotation angle of each pair: float32 radians [B, L, rotated_dim / 2]."""
   exponents = jnp.arange(0, config.rotated_dim, 2, dtype=jnp.float32) / config.rotated_dim
-  return positions_BL.astype(jnp.float32)[..., None] * config.rotary_base**-exponents
+  frequencies = config.rotary_base**-exponents
+  return positions_BL.astype(jnp.float32)[..., None] * frequencies[None, None, :]
 
 
 def rotate(x_BLHK: jax.Array, angles: jax.Array, config: ModelConfig) -> jax.Array:
