@@ -226,9 +226,8 @@ def main() -> None:
   estimate_seconds = 0.0
   while True:
     started = time.perf_counter()
-    print(
-      {"step": trainer.step, "valid": trainer.estimate(valid), "train": trainer.estimate(train)}
-    )
+    losses = {"train": trainer.estimate(train), "valid": trainer.estimate(valid)}
+    print({"step": trainer.step, **losses}, flush=True)
     estimate_seconds += time.perf_counter() - started
     if trainer.step == options.steps:
       break

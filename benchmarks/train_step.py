@@ -1,10 +1,10 @@
-"""One optimiser step: nanoGPT's CPU recipe beside its PyTorch twin, and GPT-2 124M beside the roof.
+"""One update: nanoGPT's CPU recipe beside its PyTorch twin, and GPT-2 124M beside the roof.
 
-Ours is what `gptjax pretrain` runs: the loop, batches read ahead, the experiment's host devices, the
-real step with clipping, metrics and the guard against bad steps. Each side has a process, and they
-take turns (common.Contestant says why). A round's figure is the wall time of a block of updates
-divided by their number. The roof is the fastest float32 matrix product seen in any round, of jax
-and of PyTorch; the step is set against it with its median, so noise counts against us.
+Ours is what `gptjax pretrain` runs: the loop, batches read ahead, the experiment's host devices,
+the real step with clipping, metrics and the guard against bad steps. Each side has a process, and
+they take turns (common.Contestant says why). A round's figure is the wall time of a block of
+updates divided by their number. The roof is the fastest float32 matrix product seen in any round,
+of jax and of PyTorch; the step is set against it with its median, so noise counts against us.
 """
 
 import argparse
@@ -59,7 +59,7 @@ GPT2_TWIN = {
   "row_tokens": GPT2_ROW_TOKENS,
 }
 MATMUL_SIZES = (1024, 2048, 4096)
-GOALS = {"nanogpt_ratio": 1.05, "gpt2_fraction_of_roof": 0.75}
+LARGEST_RATIO, SMALLEST_FRACTION = 1.05, 0.75
 
 
 def make_ours(config: PretrainConfig, row_tokens: int | None = None):
@@ -223,9 +223,7 @@ def measure_gpt2(
 
 def main(arguments: list[str] | None = None) -> dict:
   """Measures, prints, and returns the result."""
-  parser = argparse.ArgumentParser(
-    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-  )
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--rounds", type=int, default=15, help="of nanoGPT's recipe")
   parser.add_argument("--steps", type=int, default=50, help="updates in a round of it")
   parser.add_argument("--rounds-124m", type=int, default=5, help="of GPT-2 124M; 0 leaves it out")
@@ -243,20 +241,21 @@ def main(arguments: list[str] | None = None) -> dict:
     overrides |= {f"model.{key}": str(value) for key, value in tiny.items()}
     twin, sizes = twin | tiny, (256,)
 
+  here = machine()
   nanogpt = measure_nanogpt(options.rounds, options.steps)
   result = {
     "benchmark": "train_step",
-    "machine": machine(),
+    "machine": here,
     "quick": options.quick,
     "nanogpt_ours_seconds": nanogpt["ours"],
     "nanogpt_twin_seconds": nanogpt["twin"],
-    "nanogpt_ratio": ratio(nanogpt["ours"].median, nanogpt["twin"] and nanogpt["twin"].median),
-    "goals": GOALS,
+    "nanogpt_ratio": ratio(nanogpt["ours"], nanogpt["twin"]),
+    "goals": {"nanogpt_ratio": LARGEST_RATIO, "gpt2_fraction_of_roof": SMALLEST_FRACTION},
   }
   rows = [
     ("nanoGPT's recipe, gptjax", *milliseconds(nanogpt["ours"]), None),
     ("nanoGPT's recipe, PyTorch eager", *milliseconds(nanogpt["twin"]), None),
-    ("  ours / twin", _share(result["nanogpt_ratio"]), None, None, "<= 1.05"),
+    ("  ours / twin", _share(result["nanogpt_ratio"]), None, None, f"<= {LARGEST_RATIO}"),
   ]
   if options.rounds_124m:
     gpt2 = measure_gpt2(
@@ -277,7 +276,7 @@ def gpt2_result(gpt2: dict) -> dict:
   return {
     "gpt2_ours_seconds": ours,
     "gpt2_twin_seconds": twin,
-    "gpt2_ratio": ratio(ours.median, twin and twin.median),
+    "gpt2_ratio": ratio(ours, twin),
     "gpt2_flops_per_step": gpt2["flops"],
     "roof_flops_per_second": gpt2["roof"],
     "roof_source": gpt2["roof_source"],
@@ -299,7 +298,13 @@ def gpt2_rows(result: dict, has_twin: bool) -> list[tuple]:
   return [
     *rows,
     (f"  at the roof ({roof})", f"{at_roof:,.1f}", None, None, None),
-    ("  fraction of the roof", _share(result["gpt2_fraction_of_roof"]), None, None, ">= 0.75"),
+    (
+      "  fraction of the roof",
+      _share(result["gpt2_fraction_of_roof"]),
+      None,
+      None,
+      f">= {SMALLEST_FRACTION}",
+    ),
   ]
 
 
