@@ -95,6 +95,8 @@ def run_and_watch(run: RunDirectory, command: list[str]) -> tuple[float | None, 
       if seconds is None and first_reaching(run.read_metrics()):
         seconds = time.perf_counter() - started
     total_seconds = time.perf_counter() - started
+    if seconds is None and first_reaching(run.read_metrics()):
+      seconds = total_seconds
     log.seek(0)
     if process.returncode:
       raise RuntimeError(f"gptjax pretrain failed: {log.read()[-2000:]}")
@@ -180,6 +182,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
   return result
 
 
+SIDES = ("ours", "twin")
 COLUMNS = ("", "seconds, median", "min", "rounds", "valid loss, nats")
 NOTES = (
   "Seconds of wall time from the start of the process: ours to the target, the twin's to its end.",
@@ -188,21 +191,16 @@ NOTES = (
 
 def table_rows(result: Mapping[str, Any]) -> list[tuple]:
   """Writes the result as rows of the table."""
-  losses = {side: [f"{run['valid_loss']:.4f}" for run in result[side]] for side in ("ours", "twin")}
+  loss = {side: [f"{run['valid_loss']:.4f}" for run in result[side]][-1:] for side in SIDES}
   missed = f"{TARGET_NATS} not reached"
-  share = None if result["ratio"] is None else f"{result['ratio']:.3f}, goal <= {LARGEST_RATIO}"
   absent = "left out" if is_installed("torch") else NO_TORCH
-  steps = result["twin_steps"]
+  share = None if result["ratio"] is None else f"{result['ratio']:.3f}, goal <= {LARGEST_RATIO}"
   return [
+    (f"gptjax, to {TARGET_NATS} nats", *cells(result["ours_seconds"], missed), *loss["ours"]),
     (
-      f"gptjax, to {TARGET_NATS} nats",
-      *cells(result["ours_seconds"], missed),
-      *losses["ours"][-1:],
-    ),
-    (
-      f"PyTorch twin, {steps} updates",
+      f"PyTorch twin, {result['twin_steps']} updates",
       *cells(result["twin_seconds"], absent),
-      *losses["twin"][-1:],
+      *loss["twin"],
     ),
     ("  ours / twin", share),
   ]

@@ -253,8 +253,8 @@ def main(arguments: list[str] | None = None) -> dict:
     "goals": {"nanogpt_ratio": LARGEST_RATIO, "gpt2_fraction_of_roof": SMALLEST_FRACTION},
   }
   rows = [
-    ("nanoGPT's recipe, gptjax", *milliseconds(nanogpt["ours"]), None),
-    ("nanoGPT's recipe, PyTorch eager", *milliseconds(nanogpt["twin"]), None),
+    ("nanoGPT's recipe, gptjax", *milliseconds(nanogpt["ours"])),
+    ("nanoGPT's recipe, PyTorch eager", *milliseconds(nanogpt["twin"])),
     ("  ours / twin", _share(result["nanogpt_ratio"]), None, None, f"<= {LARGEST_RATIO}"),
   ]
   if options.rounds_124m:
@@ -289,22 +289,16 @@ def gpt2_rows(result: dict, has_twin: bool) -> list[tuple]:
   """Writes them as rows of the table."""
   at_roof = 1e3 * result["gpt2_flops_per_step"] / result["roof_flops_per_second"]
   roof = f"{result['roof_flops_per_second'] / 1e9:.1f} GFLOP/s, {result['roof_source']}"
-  size = f"{GPT2_ROWS} x {GPT2_ROW_TOKENS}"
-  rows = [(f"GPT-2 124M {size}, gptjax", *milliseconds(result["gpt2_ours_seconds"]), None)]
+  fraction = _share(result["gpt2_fraction_of_roof"])
+  model = f"GPT-2 124M {GPT2_ROWS} x {GPT2_ROW_TOKENS}"
+  rows = [(f"{model}, gptjax", *milliseconds(result["gpt2_ours_seconds"]))]
   if has_twin:
-    twin = milliseconds(result["gpt2_twin_seconds"])
-    rows.append((f"GPT-2 124M {size}, PyTorch eager", *twin, None))
-    rows.append(("  ours / twin", _share(result["gpt2_ratio"]), None, None, None))
+    rows.append((f"{model}, PyTorch eager", *milliseconds(result["gpt2_twin_seconds"])))
+    rows.append(("  ours / twin", _share(result["gpt2_ratio"])))
   return [
     *rows,
-    (f"  at the roof ({roof})", f"{at_roof:,.1f}", None, None, None),
-    (
-      "  fraction of the roof",
-      _share(result["gpt2_fraction_of_roof"]),
-      None,
-      None,
-      f">= {SMALLEST_FRACTION}",
-    ),
+    (f"  at the roof ({roof})", f"{at_roof:,.1f}"),
+    ("  fraction of the roof", fraction, None, None, f">= {SMALLEST_FRACTION}"),
   ]
 
 
