@@ -9,7 +9,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from gptjax.errors import ConfigError
 from gptjax.model.config import ModelConfig
+from gptjax.parallel import per_device
 
 MASKED = -1e30  # finite: a row that sees nothing must not become NaN
 
@@ -89,15 +91,15 @@ def self_attention(
   length = query_BLHK.shape[1]
   has_dropout = key is not None and config.attention_dropout > 0
   kernel = choose_kernel(config, length, query_BLHK.dtype, has_dropout, jax.default_backend())
-  if kernel == "pallas":
-    return _splash_attention(query_BLHK, key_BLHK, value_BLHK, scale, window, segment_ids_BL)
-  mask = self_attention_mask(length, window, segment_ids_BL)
-  if kernel == "cudnn":
-    return jax.nn.dot_product_attention(
-      query_BLHK * scale, key_BLHK, value_BLHK, mask=mask, scale=1.0, implementation="cudnn"
-    )
-  rate = config.attention_dropout
-  return masked_attention(query_BLHK, key_BLHK, value_BLHK, mask, scale, rate, key)
+  if kernel == "xla":
+    mask = self_attention_mask(length, window, segment_ids_BL)
+    rate = config.attention_dropout
+    return masked_attention(query_BLHK, key_BLHK, value_BLHK, mask, scale, rate, key)
+  run = {"cudnn": _cudnn_attention, "pallas": _splash_attention}[kernel]
+  heads, ids = ("rows", None, "heads", None), () if segment_ids_BL is None else ("rows", None)
+  run = per_device(functools.partial(run, window=window), (heads, heads, heads, ids), heads)
+  # The kernels take a static scale or none, and ours may depend on the scanned layer.
+  return run(query_BLHK * scale, key_BLHK, value_BLHK, segment_ids_BL)
 
 
 def choose_kernel(
@@ -105,28 +107,70 @@ def choose_kernel(
 ) -> str:
   """Names the kernel for one shape: what config asks for, or under "auto" the backend's own.
 
-  cuDNN takes 16-bit types only; splash takes lengths that are multiples of its 128 lanes; neither
-  drops attention weights, so training with attention dropout falls back to XLA.
+  Under "auto" XLA takes over wherever the backend's kernel does not apply.
+
+  Raises:
+    ConfigError: the kernel that config asks for cannot run here.
   """
-  if config.attention_implementation != "auto":
-    return config.attention_implementation
-  if has_dropout:
-    return "xla"
-  if backend == "gpu" and dtype == jnp.bfloat16:
-    return "cudnn"
-  if backend == "tpu" and length % 128 == 0:
-    return "pallas"
-  return "xla"
+  asked = config.attention_implementation
+  kernel = {"gpu": "cudnn", "tpu": "pallas"}.get(backend, "xla") if asked == "auto" else asked
+  lacking = _lacking(kernel, config, length, dtype, has_dropout, backend)
+  if lacking and asked != "auto":
+    raise ConfigError(
+      f'model.attention_implementation is "{asked}", which needs {lacking};'
+      ' change that or set it to "auto"'
+    )
+  return "xla" if lacking else kernel
 
 
-def _splash_attention(query_BLHK, key_BLHK, value_BLHK, scale, window, segment_ids_BL):
+def _lacking(kernel, config, length, dtype, has_dropout, backend) -> str | None:
+  """Says the first thing that a kernel needs and does not have."""
+  K = config.head_width
+  no_dropout = (not has_dropout, f"model.attention_dropout 0, not {config.attention_dropout}")
+  needs = {
+    "xla": [],
+    "cudnn": [
+      (backend == "gpu", f'a GPU, not "{backend}"'),
+      (dtype in (jnp.bfloat16, jnp.float16), f'model.compute_dtype "bfloat16", not "{dtype}"'),
+      (K % 8 == 0 and K <= 128, f"heads of a multiple of 8 up to 128, not {K}"),
+      (length % 2 == 0, f"rows of an even length, not {length}"),
+      no_dropout,
+    ],
+    # Interpreted on CPU, for tests.
+    "pallas": [
+      (backend in ("tpu", "cpu"), f'a TPU, not "{backend}"'),
+      (length % 128 == 0, f"rows of a multiple of 128 tokens, not {length}"),
+      no_dropout,
+    ],
+  }
+  return next((need for is_met, need in needs[kernel] if not is_met), None)
+
+
+def _cudnn_attention(query_BLHK, key_BLHK, value_BLHK, segment_ids_BL, window):
+  """Runs the GPU kernel; causality and windows skip work, only segments need a mask."""
+  is_same_segment = None
+  if segment_ids_BL is not None:
+    is_same_segment = segment_ids_BL[:, None, :, None] == segment_ids_BL[:, None, None, :]
+  return jax.nn.dot_product_attention(
+    query_BLHK,
+    key_BLHK,
+    value_BLHK,
+    mask=is_same_segment,
+    scale=1.0,
+    is_causal=True,
+    local_window_size=None if window is None else (window - 1, 0),
+    implementation="cudnn",
+  )
+
+
+def _splash_attention(query_BLHK, key_BLHK, value_BLHK, segment_ids_BL, window):
   """Runs the TPU kernel a row at a time; elsewhere interpreted, for tests."""
   from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   _, length, num_heads, _ = query_BLHK.shape
   kernel = _splash_kernel(num_heads, length, window, jax.default_backend() != "tpu")
-  # The kernel wants heads first and does not scale the scores.
-  query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query_BLHK * scale, key_BLHK, value_BLHK))
+  # The kernel wants heads first.
+  query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query_BLHK, key_BLHK, value_BLHK))
   if segment_ids_BL is None:
     out_BHLK = jax.vmap(lambda q, k, v: kernel(q, k, v))(query, key, value)
   else:
