@@ -202,7 +202,9 @@ def prove_killed(folder: Path, num_steps: int, num_kills: int, rng: random.Rando
   ]
 
 
-def run_layouts(folder: Path, num_devices: int, chosen: Sequence[Layout]) -> dict[str, Any]:
+def run_layouts(
+  folder: Path, num_devices: int, chosen: Sequence[Layout], optimizer: str
+) -> dict[str, Any]:
   """Trains five updates in each layout, in this process, with so many host devices.
 
   Returns:
@@ -212,7 +214,7 @@ def run_layouts(folder: Path, num_devices: int, chosen: Sequence[Layout]) -> dic
     os.dup2(log.fileno(), sys.stderr.fileno())
   runs = {}
   for layout in chosen:
-    config = layout_config(folder, num_devices, layout)
+    config = layout_config(folder, num_devices, layout, optimizer)
     run = RunDirectory(folder / f"{num_devices} {layout}")
     pretrain_lib.pretrain(config, str(run.path))
     losses = [loss for _, loss in train_losses(run)]
@@ -221,18 +223,19 @@ def run_layouts(folder: Path, num_devices: int, chosen: Sequence[Layout]) -> dic
   return {"digest": data_digest(config), "runs": runs}
 
 
-def layout_config(folder: Path, num_devices: int, layout: Layout) -> PretrainConfig:
+def layout_config(folder: Path, num_devices: int, layout: Layout, optimizer: str) -> PretrainConfig:
   """Returns the run of five updates without dropout in a layout."""
-  overrides = layout_run(folder, num_devices, layout)
+  overrides = layout_run(folder, num_devices, layout, optimizer)
   return from_config_dict(PretrainConfig, load_experiment(EXPERIMENT, overrides))
 
 
-def layout_run(folder: Path, num_devices: int, layout: Layout) -> Overrides:
+def layout_run(folder: Path, num_devices: int, layout: Layout, optimizer: str) -> Overrides:
   """Returns its keys."""
   return tiny_run(folder) | {
     "train.num_steps": str(LAYOUT_STEPS),
     "train.save_every_steps": str(LAYOUT_STEPS),
     "train.host_devices": str(num_devices),
+    "optimizer.name": optimizer,
     **layout.overrides(),
   }
 
@@ -256,23 +259,23 @@ def in_fresh_process(function, *arguments) -> Any:
     return pool.submit(function, *arguments).result()
 
 
-def prove_layouts(
-  folder: Path, counts: Sequence[int]
+def compare_layouts(
+  results: Mapping[int, Mapping[str, Any]],
 ) -> tuple[list[Verdict], list[float], dict[str, Any]]:
-  """Compares all layouts.
+  """Compares the losses of all layouts.
+
+  Args:
+    results: of `run_layouts`, by number of devices, 1 first.
 
   Returns:
     (verdicts, losses of one device, each layout's differences from one device).
   """
-  results = {}
-  for count in counts:
-    results[count] = in_fresh_process(run_layouts, folder, count, layouts(count))
   runs = {
     f"{count} {layout}": run
     for count, result in results.items()
     for layout, run in result["runs"].items()
   }
-  expected, parameters = runs[f"{counts[0]} pmap"]
+  expected, parameters = runs["1 pmap"]
   differences = {
     name: {
       "train_loss": relative_difference(losses, expected),
@@ -282,7 +285,7 @@ def prove_layouts(
   }
   verdicts = [
     verdict_of_layouts(f"{len(names)} layouts of {count} devices", names, runs)
-    for count in counts
+    for count in results
     if (names := [name for name in runs if name.split()[0] == str(count)])
   ]
   verdicts.append(verdict_of_layouts(f"all {len(runs)} layouts", list(runs), runs))
@@ -321,26 +324,59 @@ def relative_distance(
   return math.sqrt(difference / sum(float(np.sum(np.square(x))) for x in expected.values()))
 
 
-def prove_elastic(folder: Path, expected: Sequence[float]) -> list[Verdict]:
-  """Stops a run of one device, goes on with two, stops it, goes on with four on a mesh."""
+def run_elastic(folder: Path, optimizer: str) -> tuple[list[int | None], list[float]]:
+  """Stops a run of one device, goes on with two, stops it, goes on with four on a mesh.
+
+  Returns:
+    (updates after which it was stopped, losses).
+  """
   run = RunDirectory(folder / "elastic")
   stopped = []
   # Saving at every update makes updates slow enough to be stopped between two of them.
   saving = {"train.save_every_steps": "1"}
   for step, count in ((1, 1), (3, 2)):
-    overrides = layout_run(folder, count, Layout("pmap", (count, 1, 1))) | saving
+    overrides = layout_run(folder, count, Layout("pmap", (count, 1, 1)), optimizer) | saving
     process = start(run, overrides)
     stopped.append(signal_at(run, process, step, signal.SIGTERM))
     finish(run, process)
-  finish(run, start(run, layout_run(folder, 4, Layout("mesh", (2, 1, 2))) | saving))
+  finish(run, start(run, layout_run(folder, 4, Layout("mesh", (2, 1, 2)), optimizer) | saving))
+  return stopped, [loss for _, loss in train_losses(run)]
+
+
+def compare_elastic(
+  stopped: Sequence[int | None], losses: Sequence[float], expected: Sequence[float]
+) -> list[Verdict]:
+  """Compares the losses of the elastic run with those of one device."""
   steps = ", ".join(map(str, stopped))
-  losses = [loss for _, loss in train_losses(run)]
+  difference = relative_difference(losses, expected)
   return [
-    Verdict("elastic: stopped (SIGTERM) about updates", steps, "twice", None not in stopped),
-    difference_verdict(
-      "elastic: 1, 2, then 4 (2x1x2) devices: losses", relative_difference(losses, expected)
-    ),
+    Verdict("elastic: stopped (SIGTERM) after updates", steps, "twice", None not in stopped),
+    difference_verdict("elastic: 1, 2, then 4 (2x1x2) devices: losses", difference),
   ]
+
+
+def prove(folder: Path, options: argparse.Namespace, seed: int) -> tuple[list[Verdict], dict]:
+  """Runs everything, two processes at a time; returns verdicts and each layout's differences."""
+  kills, counts = (1, (1, 2)) if options.quick else (options.kills, DEVICE_COUNTS)
+  name = options.optimizer
+  write_text(folder / "text.txt")
+  # Once, before processes would do it at the same time.
+  config = layout_config(folder, 1, Layout("pmap", (1, 1, 1)), name)
+  prepare_data(config.data, report=lambda line: None)
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    killed = pool.submit(prove_killed, folder, options.steps, kills, random.Random(seed))
+    of_layouts = {
+      count: pool.submit(in_fresh_process, run_layouts, folder, count, layouts(count), name)
+      for count in counts
+    }
+    elastic = pool.submit(run_elastic, folder, name)
+  results = {count: future.result() for count, future in of_layouts.items()}
+  verdicts, expected, differences = compare_layouts(results)
+  return [
+    *killed.result(),
+    *verdicts,
+    *compare_elastic(*elastic.result(), expected),
+  ], differences
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -348,18 +384,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("--steps", type=int, default=300, help="updates of the killed run")
   parser.add_argument("--kills", type=int, default=3)
+  parser.add_argument("--optimizer", default="adamw", help="of the layouts: adamw or muon")
   parser.add_argument("--seed", type=int, help="of the moments of killing; default: drawn")
   parser.add_argument("--quick", action="store_true", help="one kill, 1 and 2 devices only")
   options = parser.parse_args(arguments)
   seed = random.randrange(2**32) if options.seed is None else options.seed
-  kills, counts = (1, (1, 2)) if options.quick else (options.kills, DEVICE_COUNTS)
   here, started = machine(), time.perf_counter()
-  with tempfile.TemporaryDirectory() as name, contextlib.chdir(ROOT):
-    folder = Path(name)
-    write_text(folder / "text.txt")
-    verdicts = prove_killed(folder, options.steps, kills, random.Random(seed))
-    of_layouts, expected, differences = prove_layouts(folder, counts)
-    verdicts += [*of_layouts, *prove_elastic(folder, expected)]
+  with tempfile.TemporaryDirectory() as folder, contextlib.chdir(ROOT):
+    verdicts, differences = prove(Path(folder), options, seed)
   result = {
     "benchmark": "prove_resume",
     "machine": here,

@@ -35,14 +35,14 @@ from gptjax.data.batches import BatchSource, prefetch
 from gptjax.data.prepare import prepare_data
 from gptjax.model.config import ModelConfig
 from gptjax.model.parameters import init_parameters
-from gptjax.parallel import Parallel
+from gptjax.parallel import Parallel, Program
 from gptjax.train import hardware
 from gptjax.train import pretrain as pretrain_lib
 from gptjax.train.config import PretrainConfig, TrainConfig
 from gptjax.train.loop import Loop
 from gptjax.train.optimizer import hyperparameters
 from gptjax.train.schedule import resolve_durations
-from gptjax.train.step import LanguageModelObjective, init_state, make_train_step
+from gptjax.train.step import LanguageModelObjective, TrainState, init_state, make_train_step
 
 EXPERIMENT = str(Path(__file__).parent.parent / "experiments" / "shakespeare_char.py")
 # As many as tiny Shakespeare has.
@@ -78,7 +78,8 @@ def make_ours(config: PretrainConfig, row_tokens: int | None = None):
     schedule = pretrain_lib.batch_schedule(config, parallel)
     rows = BatchSource(prepared, config.model.context_length, config.seed, schedule).batches()
   batches = prefetch((parallel.shard_batch(batch, config.train.accumulation) for batch in rows), 2)
-  state, loop = start_run(config, parallel)
+  state, train_step = start_step(config, parallel)
+  loop = make_loop(config, train_step)
   step = 0
 
   def run(count: int) -> float:
@@ -92,8 +93,8 @@ def make_ours(config: PretrainConfig, row_tokens: int | None = None):
   return run
 
 
-def start_run(config: PretrainConfig, parallel: Parallel) -> tuple:
-  """Returns (state, loop) of a run without events; num_steps of the loop is left to the caller."""
+def start_step(config: PretrainConfig, parallel: Parallel) -> tuple[TrainState, Program]:
+  """Returns the first state and the compiled-on-demand train step."""
   train = config.train
   durations = resolve_durations(config.optimizer, train.num_steps, lambda step: 0)
   hyper = hyperparameters(config.optimizer, durations, z_loss=train.z_loss)
@@ -107,8 +108,14 @@ def start_run(config: PretrainConfig, parallel: Parallel) -> tuple:
     skip_nonfinite=train.skip_nonfinite,
     spike_sigmas=train.spike_sigmas,
   )
-  loop = Loop(
-    train_step=parallel.compile_step(step),
+  return parallel.init_state(init, jax.random.key(config.seed)), parallel.compile_step(step)
+
+
+def make_loop(config: PretrainConfig, train_step: Program) -> Loop:
+  """Makes the loop of a run without events; its num_steps is left to the caller."""
+  train = config.train
+  return Loop(
+    train_step=train_step,
     num_steps=0,
     events=(),
     save=lambda *_: None,
@@ -123,7 +130,6 @@ def start_run(config: PretrainConfig, parallel: Parallel) -> tuple:
     diagnose=lambda *_: "",
     should_stop=lambda: False,
   )
-  return parallel.init_state(init, jax.random.key(config.seed)), loop
 
 
 def random_batch(rows: int, row_tokens: int, model: ModelConfig) -> Batch:
