@@ -5,7 +5,7 @@ held out.
 Command: make pretrain (or: gptjax pretrain --config experiments/shakespeare.py --workdir DIR)
 """
 
-from gptjax.config import parse_arg, to_config_dict
+from gptjax.config import parse_arg, shrink, to_config_dict
 from gptjax.train.config import PretrainConfig
 
 
@@ -34,14 +34,5 @@ def get_config(arg=None):
   config.eval.every_steps = 100
   config.eval.batch_rows = 64
   if arg.tiny:
-    config.data.tokenizer = "char"
-    config.model.context_length = 32
-    config.model.num_layers = 2
-    config.model.model_dim = 32
-    config.model.num_heads = 2
-    config.train.num_steps = 40
-    config.train.batch_rows = 8
-    config.eval.every_steps = 20
-    config.eval.max_rows = 64
-    config.eval.sample_tokens = 40
+    shrink(config)
   return config

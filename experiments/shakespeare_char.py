@@ -2,13 +2,14 @@
 
 Source: github.com/karpathy/nanoGPT, config/train_shakespeare_char.py with its README's CPU flags:
   4 layers, 4 heads, width 128, context 64, batch 12, 2,000 steps, no dropout, no biases.
-Command: gptjax pretrain --config experiments/shakespeare_char.py --workdir runs/char
-  (the hub's copy of the text; offline: --config.data.hub= --config.data.files='["input.txt"]')
+Command: gptjax pretrain --config experiments/shakespeare_char.py --workdir runs/char \
+    --config.data.hub= --config.data.files='["input.txt"]'
+  Without the last line the text comes from the hub, cut into passages (not run here).
   `:fast` is our recipe for the same model; `:tiny` runs in seconds.
 The rows of a batch are drawn without replacement, nanoGPT's with it.
 """
 
-from gptjax.config import parse_arg, to_config_dict
+from gptjax.config import parse_arg, shrink, to_config_dict
 from gptjax.train.config import PretrainConfig
 
 
@@ -16,7 +17,10 @@ def get_config(arg=None):
   """Returns nanoGPT's recipe; `fast` changes the optimiser, `tiny` the sizes."""
   arg = parse_arg(arg, fast=False, tiny=False)
   config = to_config_dict(PretrainConfig())
-  config.data.hub = "karpathy/tiny_shakespeare"
+  # karpathy/tiny_shakespeare is a script, which `datasets` no longer runs.
+  config.data.hub = "Trelis/tiny-shakespeare"
+  config.data.hub_valid_split = "test"
+  config.data.text_column = "Text"
   config.data.tokenizer = "char"
   config.data.end_token = ""
   config.data.valid_fraction = 0.1
@@ -53,12 +57,5 @@ def get_config(arg=None):
     config.train.batch_rows = 32
     config.eval.every_steps = 300
   if arg.tiny:
-    config.model.context_length = 32
-    config.model.num_layers = 2
-    config.model.model_dim = 32
-    config.model.num_heads = 2
-    config.train.num_steps = 40
-    config.eval.every_steps = 20
-    config.eval.max_rows = 64
-    config.eval.sample_tokens = 40
+    shrink(config)
   return config

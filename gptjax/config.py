@@ -100,7 +100,9 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     _require(isinstance(value, Mapping), path, value, "a mapping")
     return {str(key): _convert(args[1], item, f"{path}.{key}") for key, item in value.items()}
   if hint is float:
-    _require(isinstance(value, int | float) and not isinstance(value, bool), path, value, "a number")
+    _require(
+      isinstance(value, int | float) and not isinstance(value, bool), path, value, "a number"
+    )
     return float(value)
   if hint is int and isinstance(value, float) and value.is_integer():
     return int(value)
@@ -185,6 +187,24 @@ def load_experiment_module(path: str) -> types.ModuleType:
   if not hasattr(module, "get_config"):
     raise ConfigError(f'"{path}" has no get_config(arg); see experiments/shakespeare.py')
   return module
+
+
+def shrink(config: ConfigDict) -> None:
+  """Makes a recipe of any size run in seconds on a CPU, in place: what `:tiny` means."""
+  config.model.update(
+    vocab_size=None,
+    context_length=32,
+    num_layers=2,
+    model_dim=32,
+    num_heads=2,
+    compute_dtype="float32",
+  )
+  config.optimizer.update(warmup_steps=4, warmup_tokens=None, warmup_fraction=None)
+  config.optimizer.update(decay_steps=None, decay_tokens=None)
+  config.train.update(num_steps=40, num_tokens=None, num_epochs=None, batch_rows=8, accumulation=1)
+  config.train.update(ramp_start_rows=0, ramp_tokens=0, save_every_steps=None)
+  config.eval.update(every_steps=20, max_rows=64, sample_tokens=40)
+  config.data.vocab_size = 512
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:

@@ -51,20 +51,19 @@ def reference(hidden_TD, kernel_VD, bias_V, targets_T, weights_T, z_loss=Z_LOSS)
   return loss, z, gradients
 
 
-def plain(hidden_TD, kernel, bias_V, targets_T, weights_T, *, tied=True, z_loss=Z_LOSS):
+def plain(hidden_TD, kernel_VD, bias_V, targets_T, weights_T, *, z_loss=Z_LOSS):
   """The head's logits at once, differentiated by jax."""
-  kernel_DV = kernel.T if tied else kernel
   logits_TV = jnp.dot(
-    hidden_TD, kernel_DV.astype(hidden_TD.dtype), preferred_element_type=jnp.float32
+    hidden_TD, kernel_VD.T.astype(hidden_TD.dtype), preferred_element_type=jnp.float32
   )
   if bias_V is not None:
     logits_TV += bias_V[None]
   return next_token_loss(logits_TV, targets_T, weights_T, vocab_size=VOCAB, z_loss=z_loss)
 
 
-def chunked(*inputs, tied=True, z_loss=Z_LOSS, chunk_tokens=0):
+def chunked(*inputs, z_loss=Z_LOSS, chunk_tokens=0):
   return chunked_next_token_loss(
-    *inputs, tied=tied, vocab_size=VOCAB, z_loss=z_loss, chunk_tokens=chunk_tokens
+    *inputs, vocab_size=VOCAB, z_loss=z_loss, chunk_tokens=chunk_tokens
   )
 
 
@@ -115,17 +114,16 @@ def test_a_perturbed_input_is_noticed(which):
 
 
 @pytest.mark.parametrize(
-  "tied, has_bias, chunk_tokens",
-  [(True, False, 0), (True, True, 8), (False, True, 100), (False, False, 1)],
+  "has_bias, chunk_tokens",
+  [(False, 0), (True, 8), (True, 100), (False, 1)],
 )
-def test_chunked_is_plain(tied, has_bias, chunk_tokens):
+def test_chunked_is_plain(has_bias, chunk_tokens):
   hidden_TD, kernel_VD, bias_V, *rest = make_inputs()
-  kernel = kernel_VD if tied else kernel_VD.T
-  inputs = (hidden_TD, kernel, bias_V if has_bias else None, *rest)
-  expected = value_and_gradients(plain, inputs, tied=tied)
-  got = value_and_gradients(chunked, inputs, tied=tied, chunk_tokens=chunk_tokens)
+  inputs = (hidden_TD, kernel_VD, bias_V if has_bias else None, *rest)
+  expected = value_and_gradients(plain, inputs)
+  got = value_and_gradients(chunked, inputs, chunk_tokens=chunk_tokens)
   assert_near(got, expected)
-  only_value = jax.jit(partial(chunked, tied=tied, chunk_tokens=chunk_tokens))(*inputs)
+  only_value = jax.jit(partial(chunked, chunk_tokens=chunk_tokens))(*inputs)
   assert_near(only_value, expected[0])
 
 
@@ -226,7 +224,7 @@ def test_chunks_keep_the_logits_from_existing():
     def total(hidden_TD, kernel_VD, targets_T, weights_T):
       return chunked_next_token_loss(
         hidden_TD, kernel_VD, None, targets_T, weights_T,
-        tied=True, vocab_size=vocab - 7, chunk_tokens=chunk_tokens,
+        vocab_size=vocab - 7, chunk_tokens=chunk_tokens,
       )[0]  # fmt: skip
 
     function = jax.value_and_grad(total, (0, 1)) if differentiate else total

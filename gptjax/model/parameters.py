@@ -32,6 +32,10 @@ SHARDING_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 
 
+# Arrays below this size are drawn whole by every device.
+FLAT_DRAW_ELEMENTS = 1 << 24
+
+
 @dataclasses.dataclass(frozen=True)
 class ParameterSpec:
   """One array: its shape, and the normal distribution N(mean, std) it starts from."""
@@ -44,7 +48,12 @@ class ParameterSpec:
     """Draws float32 values."""
     if not self.std:
       return jnp.full(self.shape, self.mean, jnp.float32)
-    return self.mean + self.std * jax.random.normal(key, self.shape, jnp.float32)
+    # The same numbers either way. A flat draw compiles in a third of the time; the other can be
+    # drawn in parts by the devices of a mesh.
+    is_flat = math.prod(self.shape) < FLAT_DRAW_ELEMENTS
+    shape = (math.prod(self.shape),) if is_flat else self.shape
+    drawn = jax.random.normal(key, shape, jnp.float32).reshape(self.shape)
+    return self.mean + self.std * drawn
 
 
 def decoder_specs(config: ModelConfig) -> dict[str, Any]:
@@ -100,11 +109,11 @@ def model_specs(config: ModelConfig) -> dict[str, Any]:
 
 def init_specs(specs: Any, key: jax.Array) -> Any:
   """Draws every array; each key depends on the parameter's path alone, not on its neighbours."""
-
-  def init(name, spec):
-    return spec.init(jax.random.fold_in(key, zlib.crc32(name.encode())))
-
-  return tree.map_named(init, specs)
+  names = list(tree.named_leaves(specs))
+  hashes = jnp.array([zlib.crc32(name.encode()) for name in names], jnp.uint32)
+  # At once: XLA would compile every fold_in on its own.
+  keys = dict(zip(names, jax.vmap(jax.random.fold_in, (None, 0))(key, hashes)))
+  return tree.map_named(lambda name, spec: spec.init(keys[name]), specs)
 
 
 def init_parameters(config: ModelConfig, key: jax.Array) -> Any:

@@ -60,7 +60,7 @@ class Loop:
     flops_per_token, peak_flops_per_second: of the model, and of all devices (None: no MFU).
     max_bad_steps: skipped updates in a row that end the run.
     diagnose: `diagnose(state, batch) -> str` names what went bad.
-    should_stop: asked after every update; True saves and ends the run.
+    should_stop: asked after every update, with its number; True saves and ends the run.
     profile: `profile(step)` is told each update before it starts.
   """
 
@@ -77,7 +77,7 @@ class Loop:
   peak_flops_per_second: float | None
   max_bad_steps: int
   diagnose: Callable[[TrainState, Any], str]
-  should_stop: Callable[[], bool]
+  should_stop: Callable[[int], bool]
   profile: Callable[[int], None] = lambda step: None
 
   def run(
@@ -108,7 +108,7 @@ class Loop:
       if pending is not None:
         self._look(*pending, clock, state, batch)
       pending = (step, metrics)
-      is_stopped = self.should_stop()
+      is_stopped = self.should_stop(step)
       due = [event for event in self.events if event.is_due(step, self.num_steps)]
       is_save_due = step % self.save_every_steps == 0 or step == self.num_steps or is_stopped
       if due or is_save_due or step == start_step + 1:

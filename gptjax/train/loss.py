@@ -49,12 +49,11 @@ def next_token_loss(
 
 def chunked_next_token_loss(
   hidden_TD: jax.Array,
-  kernel: jax.Array,
+  kernel_VD: jax.Array,
   bias_V: jax.Array | None,
   targets_T: jax.Array,
   weights_T: jax.Array,
   *,
-  tied: bool,
   vocab_size: int,
   z_loss: jax.Array | float = 0.0,
   chunk_tokens: int = 0,
@@ -68,10 +67,9 @@ def chunked_next_token_loss(
 
   Args:
     hidden_TD: float32 or bfloat16. Products take this dtype and accumulate in float32.
-    kernel: float32 [V, D] if `tied` (the token embedding), else [D, V]; V may be padded.
+    kernel_VD: float32 (the token embedding where tied); V may be padded.
     bias_V: float32, or None.
     targets_T, weights_T, vocab_size, z_loss: as of `next_token_loss`.
-    tied: layout of `kernel`.
     chunk_tokens: most tokens in a chunk; T need not be a multiple. 0 is one chunk.
 
   Returns:
@@ -79,18 +77,18 @@ def chunked_next_token_loss(
   """
   num_tokens = hidden_TD.shape[0]
   num_chunks = -(-num_tokens // chunk_tokens) if chunk_tokens else 1
-  head = (kernel, bias_V)
+  head = (kernel_VD, bias_V)
   z_loss = jnp.asarray(z_loss, jnp.float32)
-  return _head_loss(hidden_TD, head, targets_T, weights_T, z_loss, tied, vocab_size, num_chunks)
+  return _head_loss(hidden_TD, head, targets_T, weights_T, z_loss, vocab_size, num_chunks)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _head_loss(hidden_TD, head, targets_T, weights_T, z_loss, tied, vocab_size, num_chunks):
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _head_loss(hidden_TD, head, targets_T, weights_T, z_loss, vocab_size, num_chunks):
   """Computes (total, sums) alone."""
 
   def chunk_sums(sums, chunk):
     hidden_TD, targets_T, weights_T = chunk
-    logits_TV = _head_logits(hidden_TD, head, tied)
+    logits_TV = _head_logits(hidden_TD, head)
     new_sums = next_token_loss(
       logits_TV, targets_T, weights_T, vocab_size=vocab_size, z_loss=z_loss
     )
@@ -101,12 +99,12 @@ def _head_loss(hidden_TD, head, targets_T, weights_T, z_loss, tied, vocab_size, 
   return sums
 
 
-def _head_loss_forward(hidden_TD, head, targets_T, weights_T, z_loss, tied, vocab_size, num_chunks):
+def _head_loss_forward(hidden_TD, head, targets_T, weights_T, z_loss, vocab_size, num_chunks):
   """Computes (total, sums) and the gradient of total."""
 
   def chunk_gradients(carry, chunk):
     hidden_TD, targets_T, weights_T = chunk
-    logits_TV = _mask_padding(_head_logits(hidden_TD, head, tied), vocab_size)
+    logits_TV = _mask_padding(_head_logits(hidden_TD, head), vocab_size)
     # As jax.nn.softmax and logsumexp, but with one exponential for both.
     peak_T = jnp.max(logits_TV, axis=-1)
     exp_TV = jnp.exp(logits_TV - peak_T[:, None])
@@ -116,7 +114,7 @@ def _head_loss_forward(hidden_TD, head, targets_T, weights_T, z_loss, tied, voca
     slope_T = (1 + 2 * z_loss * log_normalizer_T) / normalizer_T
     d_logits_TV = slope_T[:, None] * exp_TV - _is_target(targets_T, logits_TV)
     d_logits_TV = weights_T[:, None] * d_logits_TV
-    d_hidden_TD, d_head = _head_gradients(hidden_TD, head, d_logits_TV, tied)
+    d_hidden_TD, d_head = _head_gradients(hidden_TD, head, d_logits_TV)
     return jax.tree.map(jnp.add, carry, (sums, d_head)), d_hidden_TD
 
   chunks = _split((hidden_TD, targets_T, weights_T), num_chunks)
@@ -126,9 +124,9 @@ def _head_loss_forward(hidden_TD, head, targets_T, weights_T, z_loss, tied, voca
   return sums, (d_hidden_TD, d_head, weights_T)
 
 
-def _head_loss_backward(tied, vocab_size, num_chunks, residuals, cotangents):
+def _head_loss_backward(vocab_size, num_chunks, residuals, cotangents):
   """Scales the gradient of total; the sums carry none."""
-  del tied, vocab_size, num_chunks
+  del vocab_size, num_chunks
   d_hidden_TD, d_head, weights_T = residuals
   d_total, _ = cotangents
   d_hidden_TD, d_head = jax.tree.map(
@@ -174,20 +172,19 @@ def _columns(logits_TV):
   return lax.broadcasted_iota(jnp.int32, logits_TV.shape, logits_TV.ndim - 1)
 
 
-def _head_logits(hidden_TD, head, tied):
-  kernel, bias_V = head
-  logits_TV = _contract(hidden_TD, kernel.astype(hidden_TD.dtype), 1, 1 if tied else 0)
+def _head_logits(hidden_TD, head):
+  kernel_VD, bias_V = head
+  logits_TV = _contract(hidden_TD, kernel_VD.astype(hidden_TD.dtype), 1, 1)
   return logits_TV if bias_V is None else logits_TV + bias_V[None]
 
 
-def _head_gradients(hidden_TD, head, d_logits_TV, tied):
+def _head_gradients(hidden_TD, head, d_logits_TV):
   """Computes the gradients of hidden_TD and of the head from those of the logits."""
-  kernel, bias_V = head
+  kernel_VD, bias_V = head
   d_bias_V = None if bias_V is None else jnp.sum(d_logits_TV, axis=0)
   d_logits_TV = d_logits_TV.astype(hidden_TD.dtype)
-  d_hidden_TD = _contract(d_logits_TV, kernel.astype(hidden_TD.dtype), 1, 0 if tied else 1)
-  sides = (d_logits_TV, hidden_TD) if tied else (hidden_TD, d_logits_TV)
-  return d_hidden_TD.astype(hidden_TD.dtype), (_contract(*sides, 0, 0), d_bias_V)
+  d_hidden_TD = _contract(d_logits_TV, kernel_VD.astype(hidden_TD.dtype), 1, 0)
+  return d_hidden_TD.astype(hidden_TD.dtype), (_contract(d_logits_TV, hidden_TD, 0, 0), d_bias_V)
 
 
 def _contract(left, right, left_axis, right_axis):

@@ -227,13 +227,19 @@ class Pretraining:
           peak_flops_per_second=peak.flops_per_second,
           max_bad_steps=train.max_bad_steps,
           diagnose=self._diagnose,
-          should_stop=lambda: self.parallel.agree(is_stop_requested()),
+          should_stop=lambda step: self._agree(step, is_stop_requested()),
           profile=profiler.before_step,
         )
         state, step = loop.run(state, batches, start_step)
     self._write_report()
     done = "done" if step == self.num_steps else "stopped; the same command goes on from here"
     say(f"step {step} of {self.num_steps}, {done}: {self.run.path}")
+
+  def _agree(self, step: int, is_wanted: bool) -> bool:
+    """Says whether some process was asked to stop; several processes ask each other now and then."""
+    if self.parallel.process_count > 1 and step % self.config.train.log_every_steps:
+      return False
+    return self.parallel.agree(is_wanted)
 
   def _profiler(self) -> Profiler:
     train = self.config.train

@@ -67,7 +67,6 @@ class LanguageModelObjective:
       bias_V,
       batch.targets_BL.reshape(-1),
       batch.weights_BL.reshape(-1),
-      tied=True,
       vocab_size=self._config.vocab_size,
       z_loss=hyper.z_loss,
       chunk_tokens=self._chunk_tokens,
@@ -154,7 +153,7 @@ def make_train_step(
     gradients, sums = accumulate_gradients(state, batch, objective, axis_name)
     means = {name: value / weight for name, (value, weight) in sums.items()}
     grad_norm = optax.tree.norm(gradients)
-    optimizer = make_optimizer(config, state.hyper, step=state.step)
+    optimizer = make_optimizer(config, state.hyper, step=state.step, axis_name=axis_name)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     ema = state.ema
@@ -199,7 +198,7 @@ def make_eval_step(objective: Objective) -> Callable:
 def accumulate_gradients(
   state: TrainState, batch: Batch, objective: Objective, axis_name: str | None
 ) -> tuple[PyTree, Sums]:
-  """Returns the exact gradient of the global batch, and its sums, over micro-batches and devices."""
+  """Returns the exact gradient and the sums of a global batch, over micro-batches and devices."""
   key = jax.random.fold_in(state.key, state.step)
   if axis_name:
     key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))

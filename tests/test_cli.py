@@ -1,0 +1,49 @@
+"""The command line's own manners: verbs, unknown flags, overrides, exit status."""
+
+import subprocess
+import sys
+
+import pytest
+
+from gptjax import __version__
+from gptjax.cli.main import main, split_overrides
+from gptjax.errors import ConfigError
+
+
+def test_version_is_quick_and_imports_no_jax():
+  code = "import sys; from gptjax.cli.main import main\ntry: main(['--version'])\nfinally: "
+  code += "print('jax' in sys.modules)"
+  out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert out.stdout.split() == ["gptjax", __version__, "False"]
+
+
+@pytest.mark.parametrize(
+  "arguments, expected",
+  [
+    (["pretrian"], 'did you mean "pretrain"?'),
+    (["pretrain", "--config", "x.py", "--wrkdir", "d"], "--workdir"),
+    (["pretrain", "--workdir", "d"], "--config"),
+    (["pretrain", "--config", "experiments/none.py", "--workdir", "d"], "experiments/none.py"),
+    (["--config.seed=1"], "--config"),
+    ([], "give a verb"),
+    (["data", "hide", "--config", "x.py", "--step", "1"], "show"),
+  ],
+)
+def test_mistakes_are_one_line_and_status_2(arguments, expected, capsys):
+  assert main(arguments) == 2
+  line = capsys.readouterr().err.strip().splitlines()[-1]
+  assert line.startswith("gptjax: ")
+  assert expected in line
+
+
+def test_overrides_are_taken_out_of_the_arguments():
+  rest, overrides = split_overrides(
+    ["pretrain", "--config.a.b=1=2", "--config", "f.py", "--config.seed", "3"]
+  )
+  assert rest == ["pretrain", "--config", "f.py"]
+  assert overrides == {"a.b": "1=2", "seed": "3"}
+
+
+def test_an_override_without_value_is_refused():
+  with pytest.raises(ConfigError, match=r"--config\.seed has no value"):
+    split_overrides(["--config.seed"])

@@ -1,0 +1,115 @@
+"""The ConfigDict edge: conversion, types, overrides, arguments of experiments."""
+
+import dataclasses
+
+import pytest
+
+from gptjax.config import (
+  apply_overrides,
+  from_config_dict,
+  from_json,
+  from_mapping,
+  load_experiment,
+  parse_arg,
+  parse_literal,
+  to_config_dict,
+  to_json,
+)
+from gptjax.errors import ConfigError
+from gptjax.train.config import PretrainConfig
+
+
+def test_dataclass_to_config_dict_and_back():
+  config = PretrainConfig()
+  assert from_config_dict(PretrainConfig, to_config_dict(config)) == config
+  assert from_json(PretrainConfig, to_json(config)) == config
+
+
+def test_a_mixture_freezes_to_corpus_configs():
+  config = to_config_dict(PretrainConfig())
+  config.data.mixture = {"en": {"files": ["a.txt"], "weight": 2}, "ja": {"files": ["b.txt"]}}
+  frozen = from_config_dict(PretrainConfig, config)
+  assert frozen.data.mixture["en"].weight == 2.0
+  assert frozen.data.mixture["ja"].files == ("b.txt",)
+  assert from_json(PretrainConfig, to_json(frozen)) == frozen
+
+
+@pytest.mark.parametrize(
+  "dotted, text, value",
+  [
+    ("model.num_layers", "3", 3),
+    ("optimizer.learning_rate", "3e-4", 3e-4),
+    ("optimizer.learning_rate", "1", 1.0),
+    ("data.files", '["a.txt", "b/*.jsonl.gz"]', ("a.txt", "b/*.jsonl.gz")),
+    ("model.scan_layers", "false", False),
+    ("train.num_steps", "None", None),
+    ("model.compute_dtype", "bfloat16", "bfloat16"),
+    ("data.tokenizer", "123", "123"),
+    ("train.trackers", "['tensorboard']", ("tensorboard",)),
+  ],
+)
+def test_overrides_take_the_type_of_the_key(dotted, text, value):
+  config = to_config_dict(PretrainConfig())
+  apply_overrides(config, {dotted: text})
+  frozen = dataclasses.asdict(from_config_dict(PretrainConfig, config))
+  group, key = dotted.split(".")
+  assert frozen[group][key] == value
+  assert type(frozen[group][key]) is type(value)
+
+
+@pytest.mark.parametrize(
+  "dotted, text, expected",
+  [
+    ("model.num_layer", "3", 'did you mean "model.num_layers"?'),
+    ("modle.num_layers", "3", "model"),
+    ("model", "3", "is a group"),
+    ("model.num_layers", "three", "whole number"),
+    ("model.num_layers", "1.5", "whole number"),
+    ("model.scan_layers", "1", "True or False"),
+    ("data.files", "a.txt", "a list"),
+    ("optimizer.name", "sgd", "adamw"),
+  ],
+)
+def test_what_does_not_fit_is_refused(dotted, text, expected):
+  config = to_config_dict(PretrainConfig())
+  with pytest.raises(ConfigError) as error:
+    apply_overrides(config, {dotted: text})
+    from_config_dict(PretrainConfig, config)
+  assert expected in str(error.value)
+
+
+def test_an_unknown_key_of_a_file_is_refused():
+  with pytest.raises(ConfigError, match='"trian"; did you mean "train"'):
+    from_mapping(PretrainConfig, {"trian": {}})
+
+
+def test_a_typo_in_an_experiment_is_refused():
+  config = to_config_dict(PretrainConfig())
+  with pytest.raises(AttributeError, match="num_layers"):
+    config.model.num_layer = 3
+
+
+def test_parse_arg():
+  defaults = {"size": "small", "steps": 10, "tiny": False}
+  assert vars(parse_arg(None, **defaults)) == defaults
+  assert vars(parse_arg("medium,tiny", **defaults)) == {"size": "medium", "steps": 10, "tiny": True}
+  assert vars(parse_arg("tiny,steps=3", **defaults)) == {"size": "small", "steps": 3, "tiny": True}
+  for leftover in ("medium,large", "stps=3", "steps=x"):
+    with pytest.raises(ConfigError):
+      parse_arg(leftover, **defaults)
+
+
+def test_literals():
+  assert parse_literal("true") is True
+  assert parse_literal("[1, null]") == [1, None]
+  assert parse_literal("a/b.txt") == "a/b.txt"
+  assert parse_literal("12", wants_text=True) == "12"
+  assert parse_literal("'12'", wants_text=True) == "12"
+
+
+def test_a_missing_experiment_names_the_nearest(tmp_path):
+  tmp_path.joinpath("shakespeare.py").write_text("")
+  with pytest.raises(ConfigError, match="shakespeare.py"):
+    load_experiment(f"{tmp_path}/shakspeare.py")
+  with pytest.raises(ConfigError, match="get_config"):
+    load_experiment(f"{tmp_path}/shakespeare.py")

@@ -1,0 +1,198 @@
+"""`gptjax pretrain` and `gptjax data show` as a user meets them, in process and with real files."""
+
+import json
+import math
+import re
+import shutil
+
+import pytest
+
+from gptjax.checkpoint.run_directory import RunDirectory
+from gptjax.cli.main import main
+
+NUM_STEPS = 12
+SENTENCES = "the cat sat on the mat. a dog ran to the door! who is it? it is the cat.\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("pretrain")
+  folder.joinpath("text.txt").write_text(SENTENCES * 60)
+  folder.joinpath("empty.txt").write_text("")
+  folder.joinpath("short.txt").write_text("too short")
+  folder.joinpath("experiment.py").write_text(
+    f"""
+from gptjax.config import shrink, to_config_dict
+from gptjax.train.config import PretrainConfig
+
+def get_config(arg=None):
+  config = to_config_dict(PretrainConfig())
+  shrink(config)
+  config.data.files = ("{folder}/text.txt",)
+  config.data.cache_dir = "{folder}/tokens"
+  config.data.tokenizer = "char"
+  config.model.context_length = 16
+  config.model.model_dim = 16
+  config.model.vocab_multiple = 8
+  config.train.num_steps = {NUM_STEPS}
+  config.train.host_devices = 8
+  config.train.log_every_steps = 1
+  config.train.save_every_steps = 4
+  config.eval.every_steps = 6
+  config.eval.sample_prompts = ("the ", "")
+  config.eval.sample_tokens = 20
+  return config
+"""
+  )
+  return folder
+
+
+def pretrain(folder, workdir, *overrides):
+  arguments = ["pretrain", "--config", f"{folder}/experiment.py", "--workdir", str(workdir)]
+  return main(arguments + [f"--config.{override}" for override in overrides])
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+  assert pretrain(folder, folder / "run") == 0
+  return RunDirectory(folder / "run")
+
+
+def test_exactly_n_updates_and_the_last_is_saved(run):
+  lines = run.read_metrics()
+  assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
+  assert run.latest_step() == NUM_STEPS
+  losses = [line["train_loss"] for line in lines]
+  assert losses[-1] < losses[0]
+  assert all({"learning_rate", "grad_norm", "seconds"} <= line.keys() for line in lines)
+
+
+def test_validation_is_in_nats_and_bits(run):
+  evaluated = [line for line in run.read_metrics() if "valid_loss" in line]
+  assert [line["step"] for line in evaluated] == [6, 12]
+  # Characters of ASCII are one byte each.
+  for line in evaluated:
+    assert line["valid_bits_per_byte"] == pytest.approx(line["valid_loss"] / math.log(2), rel=1e-12)
+
+
+def test_samples_continue_the_prompts(run):
+  samples = run.read_samples()
+  assert [step for step, _ in samples] == [6, 6, 12, 12]
+  assert samples[0][1].startswith("the ")
+  assert all(len(text) > 4 for _, text in samples)
+
+
+def test_the_report_is_one_offline_file(run):
+  page = run.report_path.read_text()
+  assert "valid" in page
+  assert "<svg" in page
+  assert not re.search(r"""(src|href)\s*=\s*["']https?:""", page)
+
+
+def test_a_finished_run_says_so_and_does_nothing(run, folder, capsys):
+  before = run.metrics_path.read_bytes()
+  assert pretrain(folder, run.path) == 0
+  assert "nothing to do" in capsys.readouterr().err
+  assert run.metrics_path.read_bytes() == before
+
+
+def losses_of(run):
+  return [(line["step"], line["train_loss"], line["grad_norm"]) for line in run.read_metrics()]
+
+
+def test_a_resumed_run_repeats_the_undisturbed_one_to_the_bit(run, folder, capsys):
+  copy = folder / "resumed"
+  shutil.copytree(run.path, copy)
+  shutil.rmtree(copy / "checkpoints" / "12")
+  assert pretrain(folder, copy) == 0
+  assert "resuming after step 8" in capsys.readouterr().err
+  assert losses_of(RunDirectory(copy)) == losses_of(run)
+  assert RunDirectory(copy).read_samples() == run.read_samples()
+
+
+def test_another_seed_is_another_run(run, folder):
+  assert pretrain(folder, folder / "other", "seed=1", "train.num_steps=2") == 0
+  assert losses_of(RunDirectory(folder / "other"))[:2] != losses_of(run)[:2]
+
+
+def test_init_from_starts_with_the_trained_parameters(run, folder):
+  overrides = (f"init_from={run.path}", "train.num_steps=1", "seed=3")
+  assert pretrain(folder, folder / "started", *overrides) == 0
+  first = losses_of(RunDirectory(folder / "started"))[0][1]
+  assert first < losses_of(run)[0][1] - 0.2
+
+
+def test_a_diverging_run_stops_and_names_what_went_bad(folder, capsys):
+  overrides = ("optimizer.learning_rate=1e38", "optimizer.schedule=constant",
+               "optimizer.warmup_steps=0", "train.max_bad_steps=3")  # fmt: skip
+  assert pretrain(folder, folder / "diverged", *overrides) == 2
+  message = capsys.readouterr().err.strip().splitlines()[-1]
+  assert "3 updates in a row were skipped" in message
+  assert "decoder/" in message
+
+
+BAD = {
+  "unknown key": (["model.num_layer=3"], "num_layers"),
+  "wrong type": (["train.num_steps=many"], "train.num_steps"),
+  "missing file": (["data.files=['nowhere/*.txt']"], "nowhere"),
+  "empty corpus": (["data.files=['{folder}/empty.txt']"], "empty"),
+  "short corpus": (["data.files=['{folder}/short.txt']"], "17"),
+  "no length": (["train.num_steps=None"], "num_tokens"),
+  "two lengths": (["train.num_tokens=100"], "only one"),
+  "wrong choice": (["optimizer.name=adamv"], "adamw"),
+  "heads": (["model.num_heads=3"], "num_heads"),
+  "accumulation": (["train.accumulation=3"], "train.accumulation"),
+  "small vocabulary": (["model.vocab_size=3"], "model.vocab_size"),
+  "no tokenizer": (["data.tokenizer={folder}/nothing"], "nothing"),
+  "no such run": (["init_from={folder}/nothing"], "nothing"),
+  "mesh": (["train.mode=mesh", "train.mesh_data=3"], "8"),
+  "mesh without effect": (["train.mesh_fsdp=2"], "mesh"),
+  "devices": (["train.host_devices=3"], "host_devices"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_status_2(case, folder, capsys):
+  overrides, expected = BAD[case]
+  overrides = [override.format(folder=folder) for override in overrides]
+  assert pretrain(folder, folder / f"bad {case}", *overrides) == 2
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert lines[-1].startswith("gptjax: ")
+  assert expected in lines[-1]
+  assert not any("Traceback" in line for line in lines)
+
+
+def test_a_run_of_another_config_is_left_alone(run, folder, capsys):
+  before = run.metrics_path.read_bytes()
+  assert pretrain(folder, run.path, "optimizer.learning_rate=0.5") == 2
+  assert "optimizer.learning_rate" in capsys.readouterr().err
+  assert run.metrics_path.read_bytes() == before
+
+
+def test_what_changes_no_number_may_change_on_resume(run, folder):
+  copy = folder / "eased"
+  shutil.copytree(run.path, copy)
+  shutil.rmtree(copy / "checkpoints" / "12")
+  overrides = ("train.log_every_steps=2", "train.keep_latest=1", "model.scan_layers=False")
+  assert pretrain(folder, copy, *overrides) == 0
+  assert RunDirectory(copy).latest_step() == NUM_STEPS
+
+
+def show(folder, *arguments):
+  return main(["data", "show", "--config", f"{folder}/experiment.py", *arguments])
+
+
+def test_data_show_finds_the_bytes(run, folder, capsys):
+  assert show(folder, "--step", "3", "--row", "5", "--json") == 0
+  (span,) = json.loads(capsys.readouterr().out)
+  source = folder.joinpath("text.txt").read_bytes()
+  assert len(span["text"]) == 17
+  assert source[span["start_byte"] : span["end_byte"]].decode() == span["text"]
+  assert show(folder, "--step", "3", "--row", "5") == 0
+  assert span["text"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [("--step", "0"), ("--step", "1", "--row", "8")])
+def test_data_show_refuses_rows_that_do_not_exist(arguments, run, folder, capsys):
+  assert show(folder, *arguments) == 2
+  assert capsys.readouterr().err.startswith("gptjax: ")
