@@ -197,8 +197,12 @@ def test_chunks_are_compared_with_the_whole():
 @needs_torch
 @pytest.mark.hf
 def test_twin_is_nanogpts_size_and_evaluates_every_target_once():
+  import torch
+
   from benchmarks import torch_twin
 
+  # Its threads wait for each other by spinning, which takes minutes on a busy machine.
+  torch.set_num_threads(1)
   tokens = np.random.default_rng(0).integers(0, 65, 1_000, np.uint16)
   trainer = torch_twin.Trainer(torch_twin.Recipe(), tokens)
   # nanoGPT says 0.80M, positions not counted.
