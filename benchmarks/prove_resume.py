@@ -91,6 +91,7 @@ def tiny_run(folder: Path) -> Overrides:
     "data.files": json.dumps([str(folder / "text.txt")]),
     "data.valid_files": "[]",
     "data.valid_fraction": "0",
+    "data.tokenizer": "char",
     "data.cache_dir": str(folder / "tokens"),
     "model.num_heads": "8",
     "model.model_dim": "64",
