@@ -109,7 +109,7 @@ def test_literals():
 
 def test_a_missing_experiment_names_the_nearest(tmp_path):
   tmp_path.joinpath("shakespeare.py").write_text("")
-  with pytest.raises(ConfigError, match="shakespeare.py"):
+  with pytest.raises(ConfigError, match=r"shakespeare\.py"):
     load_experiment(f"{tmp_path}/shakspeare.py")
   with pytest.raises(ConfigError, match="get_config"):
     load_experiment(f"{tmp_path}/shakespeare.py")

@@ -159,7 +159,7 @@ def _logits(params, x_BLD, config: ModelConfig):
 
 def _layer_norm(params, x, epsilon: float):
   standard = (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(x.var(axis=-1, keepdims=True) + epsilon)
-  return standard * _wide(params["scale"]) + _wide(params["bias"])
+  return standard * _wide(params["scale"]) + _wide(params.get("bias", 0.0))
 
 
 def _linear(params, x):

@@ -100,32 +100,33 @@ def prepare_data(config: DataConfig, *, report: Callable[[str], None] = print) -
   }
   for name, splits in corpora.items():
     report(_describe(name, *splits))
-  scored = [valid for _, valid in corpora.values() if valid.num_tokens > 1]
-  scored = scored or [train for train, _ in corpora.values()]
   return PreparedData(
     tokenizer=tokenizer,
     corpora=corpora,
     weights={name: corpus.weight for name, corpus in config.corpora.items()},
     rows=config.rows,
-    bytes_per_token=measure_bytes_per_token(scored, tokenizer, config.rows),
+    bytes_per_token=measure_bytes_per_token(corpora.values(), tokenizer, config.rows),
   )
 
 
-def measure_bytes_per_token(splits: Iterable[TokenFiles], tokenizer: Tokenizer, rows: str) -> float:
-  """Divides the UTF-8 bytes of all targets by their number.
+def measure_bytes_per_token(
+  corpora: Iterable[tuple[TokenFiles, TokenFiles]], tokenizer: Tokenizer, rows: str
+) -> float:
+  """Divides the UTF-8 bytes of all validation targets by their number.
 
   What is only ever an input is no target: the first token of a stream, or in packed rows the
-  first of each document.
+  first of each document. Where validation has no text to score, the training splits are measured.
   """
-  num_bytes = num_targets = 0
-  for split in splits:
-    starts = split.document_starts[:-1] if rows == "packed" else np.zeros(1, np.int64)
-    first_bytes = tokenizer.bytes_of_token[split.gather(starts)].sum()
-    num_bytes += split.text_bytes - int(first_bytes)
-    num_targets += split.num_tokens - len(starts)
-  if not num_bytes:
-    raise DataError("the corpus has no text to score; it is empty or one token long")
-  return num_bytes / num_targets
+  for splits in reversed(tuple(zip(*corpora, strict=True))):
+    num_bytes = num_targets = 0
+    for split in filter(lambda split: split.num_tokens, splits):
+      starts = split.document_starts[:-1] if rows == "packed" else np.zeros(1, np.int64)
+      first_bytes = tokenizer.bytes_of_token[split.gather(starts)].sum()
+      num_bytes += split.text_bytes - int(first_bytes)
+      num_targets += split.num_tokens - len(starts)
+    if num_bytes:
+      return num_bytes / num_targets
+  raise DataError("the corpus has no text to score; it is empty or one token long")
 
 
 @dataclasses.dataclass(frozen=True)

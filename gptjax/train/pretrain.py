@@ -236,7 +236,7 @@ class Pretraining:
     say(f"step {step} of {self.num_steps}, {done}: {self.run.path}")
 
   def _agree(self, step: int, is_wanted: bool) -> bool:
-    """Says whether some process was asked to stop; several processes ask each other now and then."""
+    """Says whether a process was asked to stop; several ask each other now and then."""
     if self.parallel.process_count > 1 and step % self.config.train.log_every_steps:
       return False
     return self.parallel.agree(is_wanted)
