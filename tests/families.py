@@ -1,17 +1,11 @@
 """Tiny models of every family at odd shapes, with NumPy weights in which everything matters."""
 
-import functools
-
-import jax
 import numpy as np
 
 from gptjax.batch import Batch
 from gptjax.model.config import ModelConfig
 from gptjax.model.parameters import model_specs
 from gptjax.tree import map_named
-
-# Optimising machine code takes three quarters of the compilation, and tiny models run no faster.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 SIZES = {
   "vocab_size": 61,
@@ -58,6 +52,9 @@ ODD_SHAPES = {
   "gpt2-wide-heads": make_config("gpt2", head_dim=10, ffw_dim=17, vocab_multiple=1),
   "gpt2-scaled-by-layer": make_config("gpt2", num_layers=3, scale_attention_by_layer=True),
   "gpt2-relu": make_config("gpt2", activation="relu", mlp_bias=False),
+  "gpt2-without-biases": make_config(
+    "gpt2", norm_bias=False, qkv_bias=False, attention_output_bias=False, mlp_bias=False
+  ),
   "gpt2-silu": make_config("gpt2", activation="silu", norm_epsilon=1e-3, tie_embeddings=False),
   "gpt3-wide-window": make_config("gpt3", window_size=99, num_layers=4),
   "gpt3-window-of-one": make_config("gpt3", window_size=1),

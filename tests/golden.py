@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import jax
 import numpy as np
 import optax
-from families import FAMILIES, make_batch, make_params, make_tokens, quick_jit
+from families import FAMILIES, make_batch, make_params, make_tokens
 
 from gptjax.model.decoder import hidden_states
 from gptjax.model.heads import lm_logits
@@ -68,7 +68,7 @@ def our_numbers(family):
   batch = make_batch(tokens).replace(weights_BL=np.ones_like(tokens[:, 1:], np.float32))
   no_z_loss = make_hyper("adamw").replace(z_loss=0.0)
 
-  @quick_jit
+  @jax.jit
   def compute(params):
     def loss(params):
       terms, sums = LanguageModelObjective(config)(params, batch, no_z_loss, None)
@@ -103,7 +103,7 @@ def train_numbers(name):
   step = make_train_step(LanguageModelObjective(config), optimizer)
   state = init_state(jax.device_put(params), optimizer, hyper, jax.random.key(0))
 
-  @quick_jit
+  @jax.jit
   def run(state, batch):
     new_state, metrics = step(state, batch, axis_name=None)
     difference = jax.tree.map(lambda new, old: new - old, new_state.params, state.params)

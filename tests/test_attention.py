@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import make_config, quick_jit, relative_error
+from families import make_config, relative_error
 
 from gptjax.errors import ConfigError
 from gptjax.model.attention import (
@@ -58,7 +58,7 @@ def attend_with_gradients(query, key, value, segment_ids, *, implementation, win
   return out, *gradients
 
 
-compute = quick_jit(attend_with_gradients, static_argnames=("implementation", "window"))
+compute = jax.jit(attend_with_gradients, static_argnames=("implementation", "window"))
 
 
 def test_the_mask_is_causal_windowed_and_segmented():
@@ -158,9 +158,9 @@ def test_what_cudnn_is_asked_for_equals_xla(monkeypatch, window, is_packed):
   heads = draw_heads(2, 12)
   heads_16 = tuple(jnp.asarray(x, jnp.bfloat16) for x in heads)
   got, expected = (
-    quick_jit(
-      functools.partial(attend_with_gradients, implementation=implementation, window=window)
-    )(*heads_16, segments)
+    jax.jit(functools.partial(attend_with_gradients, implementation=implementation, window=window))(
+      *heads_16, segments
+    )
     for implementation in ("cudnn", "xla")
   )
   assert asked == ["cudnn"]
@@ -255,7 +255,7 @@ def test_attention_dropout_keeps_the_expectation():
   query, key, value = (np.tile(x, (num_rows, 1, 1, 1)) for x in draw_heads(1, 5))
   config = config_for("auto", attention_dropout=rate)
 
-  @quick_jit
+  @jax.jit
   def attend(key_):
     return self_attention(query, key, value, config, scale=SCALE, key=key_)
 

@@ -12,7 +12,6 @@ from families import (
   make_config,
   make_params,
   make_tokens,
-  quick_jit,
   relative_error,
 )
 
@@ -28,12 +27,12 @@ PACKED_SEGMENTS = np.array([[1] * 4 + [2] * 5 + [0] * 2, [1] * 11], np.int32)
 PACKED_POSITIONS = np.array([[*range(4), *range(5), 0, 1], [*range(11)]], np.int32)
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def compute_logits(params, batch, config):
   return lm_logits(params, hidden_states(params["decoder"], batch, config), config)
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def compute_layers_and_loss(params, batch, config):
   _, sums = LanguageModelObjective(config)(params, batch, Hyper, None)
   return all_hidden_states(params["decoder"], batch, config), sums["loss"]

@@ -12,7 +12,6 @@ from families import (
   make_config,
   make_params,
   make_tokens,
-  quick_jit,
   relative_error,
 )
 
@@ -54,7 +53,7 @@ class Hyper:
   z_loss = 0.0
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def compute(params, batch, config):
   """Returns (logits, loss, gradients)."""
 

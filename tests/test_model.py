@@ -14,7 +14,6 @@ from families import (
   make_config,
   make_params,
   make_tokens,
-  quick_jit,
   relative_error,
 )
 
@@ -31,7 +30,7 @@ from gptjax.tree import named_leaves
 SAME = 1e-6
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def compute_hidden(params, batch, config, key=None):
   return hidden_states(params["decoder"], batch, config, key)
 
@@ -42,7 +41,7 @@ class Hyper:
   z_loss = 0.0
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def _loss_and_gradients(params, batch, config, key):
   def loss(params):
     total, sums = LanguageModelObjective(config)(params, batch, Hyper, key)
@@ -83,7 +82,7 @@ def test_causality_at_every_position(family):
     return hidden_states(decoder, batch, config)[0] @ probe_DV
 
   table = params["decoder"]["token_embedding"]["embedding"]
-  jacobian = np.asarray(quick_jit(jax.jacrev(probe))(jnp.asarray(table)))
+  jacobian = np.asarray(jax.jit(jax.jacrev(probe))(jnp.asarray(table)))
   influence_LL = np.abs(jacobian[:, :, :length]).sum(axis=(1, 3))
   assert (influence_LL[np.triu_indices(length, 1)] == 0).all()
   assert (influence_LL[np.tril_indices(length)] > 1e-6).all()
@@ -213,7 +212,7 @@ def test_the_linen_module_is_the_pure_function():
     batch = make_batch(make_tokens(config))
     module = Decoder(config)
     pure = compute_hidden(params, batch, config)
-    hidden = quick_jit(module.apply)({"params": params["decoder"]}, batch)
+    hidden = jax.jit(module.apply)({"params": params["decoder"]}, batch)
     assert hidden.shape == (2, 10, config.model_dim)
     np.testing.assert_array_equal(hidden, pure)
     made = jax.eval_shape(module.init, jax.random.key(0), batch)["params"]
@@ -223,13 +222,13 @@ def test_the_linen_module_is_the_pure_function():
 def test_the_linen_module_initialises_and_drops():
   config = make_config("gpt2", residual_dropout=0.5)
   batch = make_batch(make_tokens(config))
-  variables = quick_jit(Decoder(config).init)(jax.random.key(0), batch)
+  variables = jax.jit(Decoder(config).init)(jax.random.key(0), batch)
   scale = variables["params"]["layers"]["attention_norm"]["scale"]
   np.testing.assert_array_equal(scale, np.ones((2, config.model_dim)))
   kernel = variables["params"]["layers"]["mlp"]["up"]["kernel"]
   assert np.std(kernel) == pytest.approx(config.init_std, rel=0.05)
 
-  @quick_jit
+  @jax.jit
   def apply(key):
     return Decoder(config).apply(variables, batch, False, rngs={"dropout": key})
 
@@ -288,7 +287,7 @@ def test_initial_values_are_gpt2s():
   config = make_config(
     "gpt2", model_dim=64, num_heads=4, num_layers=8, vocab_size=512, position_init_std=0.01
   )
-  params = named_leaves(quick_jit(init_parameters, static_argnums=0)(config, jax.random.key(0)))
+  params = named_leaves(jax.jit(init_parameters, static_argnums=0)(config, jax.random.key(0)))
   for name, leaf in params.items():
     assert leaf.dtype == np.float32
     leaf = np.asarray(leaf)
@@ -313,7 +312,7 @@ def test_initial_values_are_gpt2s():
 
 def test_a_parameters_values_do_not_depend_on_its_neighbours():
   tied, untied = (make_config("gpt2", tie_embeddings=tie) for tie in (True, False))
-  init = quick_jit(init_parameters, static_argnums=0)
+  init = jax.jit(init_parameters, static_argnums=0)
   first, second = (named_leaves(init(config, jax.random.key(0))) for config in (tied, untied))
   assert second.keys() - first.keys() == {"lm_head/kernel"}
   for name, leaf in first.items():

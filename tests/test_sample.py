@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from families import FAMILIES, make_batch, make_config, make_params, quick_jit, relative_error
+from families import FAMILIES, make_batch, make_config, make_params, relative_error
 
 from gptjax.errors import UserError
 from gptjax.generate.cache import decode_step, prefill
@@ -20,20 +20,20 @@ SAME = 2e-6
 PROMPTS = [[5, 3, 1, 4, 1, 5, 9, 2, 6], [2], [7, 1, 8, 2, 8]]
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def compute_hidden(params, tokens_BL, config):
   batch = make_batch(jnp.pad(tokens_BL, ((0, 0), (0, 1))))
   return hidden_states(params["decoder"], batch, config)
 
 
-@functools.partial(quick_jit, static_argnames=("config", "num_slots"))
+@functools.partial(jax.jit, static_argnames=("config", "num_slots"))
 def start(params, tokens_BL, first_slot_B, num_slots, config):
   decoder = params["decoder"]
   layers = unstack_layers(decoder["layers"], config)
   return prefill(decoder, layers, tokens_BL, first_slot_B, num_slots, config)
 
 
-@functools.partial(quick_jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames="config")
 def advance(params, token_B, cache, config):
   layers = unstack_layers(params["decoder"]["layers"], config)
   return decode_step(params["decoder"], layers, token_B, cache, config)
@@ -133,13 +133,13 @@ def test_draws_follow_the_softmax(temperature):
   logits_V = np.array([2.0, 1.0, 0.0, -1.0, -9.0], np.float32)
   keys = jax.random.split(jax.random.key(1), num_draws)
   logits_BV = np.tile(logits_V, (num_draws, 1))
-  drawn = quick_jit(draw)(logits_BV, jnp.float32(temperature), keys, 7)
+  drawn = jax.jit(draw)(logits_BV, jnp.float32(temperature), keys, 7)
   counts = np.bincount(drawn, minlength=5)
   probabilities = np.exp(logits_V / temperature) / np.exp(logits_V / temperature).sum()
   # Five standard deviations of a binomial count, and one for the rarest.
   spread = 5 * np.sqrt(num_draws * probabilities * (1 - probabilities)) + 1
   assert (np.abs(counts - num_draws * probabilities) < spread).all()
-  later = quick_jit(draw)(logits_BV, jnp.float32(temperature), keys, 8)
+  later = jax.jit(draw)(logits_BV, jnp.float32(temperature), keys, 8)
   assert (later != drawn).mean() > 0.1
 
 
