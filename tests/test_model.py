@@ -114,14 +114,15 @@ def test_packed_documents_equal_documents_alone(family):
     segments[0, start:end], positions[0, start:end] = number + 1, np.arange(end - start)
   packed = compute_hidden(params, make_batch(tokens, positions, segments), config)
   for start, end in bounds:
-    alone = compute_hidden(params, make_batch(tokens[:, start : end + 1]), config)
+    # Alone in a row that goes on with other tokens, which causality hides: one shape for all.
+    alone = compute_hidden(params, make_batch(np.roll(tokens, -start)), config)[:, : end - start]
     assert relative_error(packed[:, start:end], alone) < SAME
   other = tokens.copy()
   other[:, 10:] = (other[:, 10:] + 1) % config.vocab_size
   padded_otherwise = compute_hidden(params, make_batch(other, positions, segments), config)
   np.testing.assert_array_equal(padded_otherwise[:, :10], packed[:, :10])
-  unsegmented = compute_hidden(params, make_batch(tokens, positions), config)
-  assert relative_error(unsegmented[:, 5:9], packed[:, 5:9]) > 1e-3
+  together = compute_hidden(params, make_batch(tokens), config)
+  assert relative_error(together[:, 5:9], packed[:, 5:9]) > 1e-3
 
 
 LAYOUTS = [
@@ -132,14 +133,12 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(
-  ("family", "has_dropout"), [("gpt1", False), ("gpt3", False), ("gpt3", True)]
-)
-def test_scan_unrolled_and_remat_agree(family, has_dropout):
+@pytest.mark.parametrize("has_dropout", [False, True])
+def test_scan_unrolled_and_remat_agree(has_dropout):
   """In loss and every gradient, and with dropout too: its draws depend on the layer alone."""
   rates = dict.fromkeys(DROPOUTS, 0.2 * has_dropout)
   layouts = [{"scan_layers": False, "remat": "dots"}] if has_dropout else LAYOUTS
-  config = make_config(family, num_layers=4, **rates)
+  config = make_config("gpt3", num_layers=4, **rates)
   params, batch = make_params(config), make_batch(make_tokens(config))
   key = jax.random.key(3) if has_dropout else None
   loss, gradients = compute_loss_and_gradients(params, batch, config, key)
@@ -171,21 +170,19 @@ def test_each_dropout_acts_with_a_key_alone(rate_name):
 
 
 def test_bfloat16_is_near_float32():
-  for family in ("gpt1", "gptj"):
-    config, params = FAMILIES[family], make_params(FAMILIES[family])
-    batch = make_batch(make_tokens(config))
-    exact = compute_hidden(params, batch, config)
-    half = dataclasses.replace(config, compute_dtype="bfloat16")
-    hidden = compute_hidden(params, batch, half)
-    assert hidden.dtype == jnp.bfloat16
-    # bfloat16 rounds by up to 0.4 %; two layers round some twenty times.
-    assert 1e-4 < relative_error(hidden.astype(np.float32), exact) < 3e-2
-    loss, gradients = compute_loss_and_gradients(params, batch, half)
-    exact_loss, exact_gradients = compute_loss_and_gradients(params, batch, config)
-    assert loss == pytest.approx(exact_loss, rel=1e-2)
-    assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype("float32")}
-    # Key biases have no gradient, so that theirs is rounding.
-    assert_same(gradients, exact_gradients, 0.1)
+  config, params = FAMILIES["gptj"], make_params(FAMILIES["gptj"])
+  batch = make_batch(make_tokens(config))
+  half = dataclasses.replace(config, compute_dtype="bfloat16")
+  hidden = compute_hidden(params, batch, half)
+  assert hidden.dtype == jnp.bfloat16
+  # bfloat16 rounds by up to 0.4 %; two layers round some twenty times.
+  exact = compute_hidden(params, batch, config)
+  assert 1e-4 < relative_error(hidden.astype(np.float32), exact) < 3e-2
+  loss, gradients = compute_loss_and_gradients(params, batch, half)
+  exact_loss, exact_gradients = compute_loss_and_gradients(params, batch, config)
+  assert loss == pytest.approx(exact_loss, rel=1e-2)
+  assert {leaf.dtype for leaf in jax.tree.leaves(gradients)} == {np.dtype("float32")}
+  assert_same(gradients, exact_gradients, 0.1)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj"])
