@@ -314,7 +314,8 @@ class ReplicatedParallel(Parallel):
 
   def for_saving(self, state: PyTree) -> PyTree:
     if self.process_count == 1:
-      return state
+      # One copy of each array: of a replicated one, orbax would compile slices to share the work.
+      return self.for_decoding(state)
     return multihost_utils.host_local_array_to_global_array(state, self._mesh, PartitionSpec())
 
   def from_saved(self, state: PyTree) -> PyTree:
