@@ -165,10 +165,16 @@ def is_size(value: Any) -> bool:
   return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**56
 
 
+def read_json(path: Path) -> Any:
+  """Parses a file; Malformed as `parse_json`."""
+  with path.open("rb") as file:
+    return parse_json(file.read(MAX_INDEX_BYTES + 1))
+
+
 def parse_json(text: bytes) -> Any:
   """Parses a header or index; Malformed if it is too large, too deep, or names a key twice."""
   if len(text) > MAX_INDEX_BYTES:
-    raise Malformed(f"its JSON has {len(text)} bytes, more than {MAX_INDEX_BYTES}")
+    raise Malformed(f"its JSON has more than {MAX_INDEX_BYTES} bytes")
   try:
     return json.loads(text, object_pairs_hook=_unique)
   except (ValueError, RecursionError) as error:

@@ -33,7 +33,7 @@ def read_openai_gpt1(folder: Path) -> tuple[dict[str, LazyTensor], dict[str, Any
   Raises:
     Malformed: a shard is missing or truncated, or the shapes are not those of a GPT-1.
   """
-  shapes = lazy_tensor.parse_json((folder / SHAPES_FILE).read_bytes())
+  shapes = lazy_tensor.read_json(folder / SHAPES_FILE)
   if not isinstance(shapes, list):
     raise Malformed(f"{SHAPES_FILE} is not a list of shapes")
   shapes = [lazy_tensor.check_shape(shape) for shape in shapes]

@@ -28,9 +28,11 @@ _NAMES = (
   *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.msgpack", "*-model.json"),
 )
 _NO_WEIGHTS = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
+_WEB_PAGE = "it is a web page, not the file; download it again"
 _NOT_CHECKPOINTS = {
   b"version https://git-lfs": "it is a Git LFS pointer, not the file; run `git lfs pull`",
-  b"<": "it is a web page, not the file; download it again",
+  b"<!": _WEB_PAGE,
+  b"<html": _WEB_PAGE,
   b"\x89HDF": "it is HDF5 (of TensorFlow), which is not read; give safetensors or PyTorch weights",
   b"GGUF": "it is GGUF (of llama.cpp), which is not read; give safetensors or PyTorch weights",
 }
@@ -97,14 +99,15 @@ def _open_file(path: Path) -> TensorSource:
 
 def _read(path: Path, buffer: Any) -> tuple[dict[str, LazyTensor], dict[str, Any], str]:
   """Returns (tensors, metadata, format)."""
-  start = buffer[:16]
+  start = buffer[:32]
+  is_safetensors = start[6:9] == b"\0\0{"  # first: its length can spell the others' magic
   for magic, reason in _NOT_CHECKPOINTS.items():
-    if start.startswith(magic[:16]):
+    if start.startswith(magic) and not is_safetensors:
       raise Malformed(reason)
+  if is_safetensors or path.suffix == ".safetensors":
+    return *safetensors_files.read_safetensors(buffer, path.name), "safetensors"
   if start.startswith(b"PK"):
     return *torch_files.read_torch_zip(path, buffer), "torch"
-  if path.suffix == ".safetensors" or (start[6:8] == b"\0\0" and start[8:9] == b"{"):
-    return *safetensors_files.read_safetensors(buffer, path.name), "safetensors"
   if start[0] == 0x80:
     return *torch_files.read_torch_legacy(path, buffer), "torch"
   if path.suffix == ".msgpack" or 0x81 <= start[0] <= 0x8F or start[0] in (0xDE, 0xDF):
@@ -120,7 +123,7 @@ def _read(path: Path, buffer: Any) -> tuple[dict[str, LazyTensor], dict[str, Any
 def _open_shards(index: Path) -> TensorSource:
   """Opens the shards of an index and takes from each the tensors the index says are there."""
   with _reading(index):
-    content = lazy_tensor.parse_json(index.read_bytes()[: lazy_tensor.MAX_INDEX_BYTES + 1])
+    content = lazy_tensor.read_json(index)
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
       raise Malformed("it has no weight_map of names to files")

@@ -29,6 +29,7 @@ _STORAGES = {
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 _LOCAL_HEADER_BYTES = 30
+_ENCRYPTED_FLAG, _UTF8_FLAG = 0x1, 0x800
 _MAX_DIRECTORY_BYTES = 16 * 2**20  # some 200,000 members
 # Where trainers put the weights beside other things; nanoGPT says "model".
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
@@ -153,14 +154,17 @@ def _locate_member(buffer: mmap.mmap, entry: zipfile.ZipInfo) -> tuple[int, int]
   name = lazy_tensor.spell(entry.filename)
   if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
     raise Malformed(f"its member {name} is compressed, which torch.save never does; unzip and save")
-  if entry.flag_bits & 1:
+  if entry.flag_bits & _ENCRYPTED_FLAG:
     raise Malformed(f"its member {name} is encrypted")
+  if entry.header_offset < 0:
+    raise Malformed(f"its member {name} begins before the file")
   header = buffer[entry.header_offset : entry.header_offset + _LOCAL_HEADER_BYTES]
   name_bytes = int.from_bytes(header[26:28], "little")
   start = entry.header_offset + _LOCAL_HEADER_BYTES + name_bytes
   stored_name = buffer[start - name_bytes : start]
   start += int.from_bytes(header[28:30], "little")
-  if header[:4] != b"PK\x03\x04" or stored_name != entry.orig_filename.encode():
+  encoding = "utf-8" if entry.flag_bits & _UTF8_FLAG else "cp437"
+  if header[:4] != b"PK\x03\x04" or stored_name != entry.orig_filename.encode(encoding):
     raise Malformed(f"its member {name} is not where the zip directory says")
   if start + entry.file_size > len(buffer):
     raise Malformed(f"its member {name} ends beyond the file, which is truncated")
@@ -220,8 +224,15 @@ def _rebuild_parameter(tensor: Any, *_unused: Any) -> _Tensor:
   return tensor
 
 
-def _rebuild_dict(pairs: Any = ()) -> dict[Any, Any]:
-  return dict(unpickle.checked_pairs(pairs))
+def _rebuild_dict(pairs: Any = None) -> dict[Any, Any]:
+  """Takes the pairs out of the list Python 2 wrote, so that one list cannot fill many dicts."""
+  if pairs is None:
+    return {}
+  if type(pairs) is not list:
+    raise Malformed("its pickle makes a dict of something that is no list")
+  found = dict(unpickle.checked_pairs(pairs))
+  pairs.clear()
+  return found
 
 
 def _refuse_call(*_unused: Any) -> Any:

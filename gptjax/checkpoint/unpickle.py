@@ -227,13 +227,13 @@ class _Machine:
     self._stack.append(self._load_persistent(self.pop()))
 
 
-def checked_pairs(pairs: Any) -> list[tuple[Any, Any]]:
+def checked_pairs(pairs: list[Any]) -> list[tuple[Any, Any]]:
   """Returns (key, value) pairs; Malformed unless the keys are strings or sizes.
 
   Hashing a deep tuple would overflow the C stack, and numbers can be chosen to collide.
   """
-  pairs = [tuple(pair) for pair in pairs]
   for pair in pairs:
-    if len(pair) != 2 or not (isinstance(pair[0], str) or lazy_tensor.is_size(pair[0])):
+    is_pair = type(pair) in (list, tuple) and len(pair) == 2
+    if not is_pair or not (isinstance(pair[0], str) or lazy_tensor.is_size(pair[0])):
       raise Malformed("its pickle has a dict whose keys are neither strings nor sizes")
-  return pairs
+  return [tuple(pair) for pair in pairs]
