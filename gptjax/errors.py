@@ -19,6 +19,10 @@ class DataError(UserError):
   """A corpus, tokenizer, or token file that is missing, empty, or malformed."""
 
 
+class UnknownTokenizerError(DataError):
+  """No tokenizer there, or one of a kind that gptjax does not know: a model loads without it."""
+
+
 class CheckpointError(UserError):
   """A run directory or checkpoint that is missing, damaged, or of another model."""
 

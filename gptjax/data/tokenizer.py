@@ -1,16 +1,19 @@
-"""Text to token ids and back: characters, byte-level BPE, any tokenizer.json, GPT-2's files.
+"""Text to token ids and back: characters, byte-level BPE, GPT-1's, SentencePiece, tokenizer.json.
 
 Everything is one `tokenizers.Tokenizer`, saved as one tokenizer.json. Text is only ever text: a
 corpus that spells `<|endoftext|>` is tokenised letter by letter, and the token itself is written
-by its id. Imports no jax, because the processes that build token files import this.
+by its id, unless a caller asks otherwise. What a tokenizer.json cannot say is noted in it: the
+roles of special tokens, and that `gpt1-paper` works on text in Python first (`special_tokens`).
+Imports no jax, because the processes that build token files import this.
 """
 
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +28,21 @@ from tokenizers import (
 from tokenizers import (
   Tokenizer as Backend,
 )
+from tokenizers.decoders import DecodeStream
 
-from gptjax.errors import DataError, did_you_mean
+from gptjax.data.gpt1_tokenizer import TEXT_NOTE, WORD_END, paper_words
+from gptjax.data.special_tokens import (
+  ROLES,
+  add_special,
+  check_given,
+  read_notes,
+  special_tokens,
+  usual_roles,
+  write_notes,
+)
+from gptjax.data.tokenizer_files import byte_level, read_backend, split_mode
+from gptjax.errors import ConfigError, DataError, UserError, did_you_mean
 
-KNOWN_END_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 _ONE_CHARACTER = r"[\s\S]"
 
 
@@ -37,14 +51,23 @@ class Tokenizer:
 
   Attributes:
     backend: the wrapped `tokenizers.Tokenizer`.
-    end_token, end_id: the token that ends a document, or None where documents have no end token.
+    roles: {role: token}, with transformers' names: bos_token, eos_token, unk_token, ...
+    end_token, end_id: the eos_token, or None where documents have no end token.
+    bos_id, unk_id, pad_id: ids of those roles, or None.
+    added_tokens: {token: id} of those that were in no file, and got ids after all others.
     vocab_size: one more than the largest id.
     cuts: where a text may be cut so that its parts are tokenised as the whole is: "anywhere"
       (characters), "before_space" (GPT-2's pre-tokenisation never joins a space to what precedes
       it), or "nowhere" that we can prove.
   """
 
-  def __init__(self, backend: Backend, end_token: str | None = None):
+  def __init__(
+    self,
+    backend: Backend,
+    end_token: str | None = None,
+    roles: Mapping[str, str] | None = None,
+    added_tokens: Mapping[str, int] | None = None,
+  ):
     backend.no_padding()
     backend.no_truncation()
     vocab = backend.get_vocab(with_added_tokens=True)
@@ -52,16 +75,23 @@ class Tokenizer:
       if end_token not in vocab:
         raise DataError(
           f'data.end_token "{end_token}" is not in the tokenizer; set it to "" or to a token it has'
-          + did_you_mean(end_token, _special_tokens(backend))
+          + did_you_mean(end_token, special_tokens(backend))
         )
       backend.add_special_tokens([AddedToken(end_token, special=True, normalized=False)])
     backend.encode_special_tokens = True
+    named = dict(usual_roles(backend) if roles is None else roles) | {"eos_token": end_token}
+    self.roles = {role: token for role, token in named.items() if token is not None}
+    self._spec = _note_roles(backend, self.roles)
     self.backend = backend
+    self.added_tokens = dict(added_tokens or {})
     self.end_token = end_token
-    self.end_id: int | None = None if end_token is None else vocab[end_token]
+    self.end_id, self.bos_id, self.unk_id, self.pad_id = (
+      vocab.get(self.roles.get(role))
+      for role in ("eos_token", "bos_token", "unk_token", "pad_token")
+    )
     self.vocab_size: int = max(vocab.values()) + 1
-    self._spec = json.loads(backend.to_str())
     self._is_char = _is_character_spec(self._spec)
+    self._takes_words = read_notes(self._spec).get(TEXT_NOTE) == "gpt1-paper"
     self.cuts = self._find_cuts()
 
   @functools.cached_property
@@ -70,9 +100,26 @@ class Tokenizer:
     spec = json.dumps([self._spec, self.end_token], sort_keys=True)
     return hashlib.sha256(spec.encode()).hexdigest()
 
-  def encode(self, text: str) -> list[int]:
-    """Returns the ids of one text, without an end token."""
-    return self.encode_arrays([text])[0].tolist()
+  def encode(
+    self, text: str, *, parse_special_tokens: bool = False, add_special_tokens: bool = False
+  ) -> list[int]:
+    """Returns the ids of one text, without an end token.
+
+    Args:
+      parse_special_tokens: text that spells a special token becomes it, as in transformers; for
+        prompts that their author wrote with such tokens, never for text from elsewhere.
+      add_special_tokens: what the tokenizer.json's post-processor puts around a text, if it does.
+    """
+    if not (parse_special_tokens or add_special_tokens) or self._is_char or self._takes_words:
+      parts = self._special_pattern.split(text) if parse_special_tokens else [text]
+      # Every second part is a special token.
+      ids = [
+        [self.backend.token_to_id(part)] if i % 2 else self.encode_arrays([part])[0].tolist()
+        for i, part in enumerate(parts)
+      ]
+      return list(itertools.chain(*ids))
+    backend = self._parsing_backend if parse_special_tokens else self.backend
+    return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns the ids of several texts, on all cores."""
@@ -87,7 +134,10 @@ class Tokenizer:
     if self._is_char:
       return [self._encode_characters(text) for text in texts]
     try:
-      encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+      inputs = [paper_words(text) for text in texts] if self._takes_words else list(texts)
+      encodings = self.backend.encode_batch_fast(
+        inputs, is_pretokenized=self._takes_words, add_special_tokens=False
+      )
     except UnicodeEncodeError as error:
       raise DataError(f"text holds {error.object[error.start]!r}, half of a character") from error
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
@@ -106,8 +156,21 @@ class Tokenizer:
         )
     return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
+  def decode_stream(self, skip_special_tokens: bool = True) -> "TextStream":
+    """Starts the decoding of ids one by one into pieces of text."""
+    return TextStream(self, skip_special_tokens)
+
   def byte_spans(self, text: str) -> np.ndarray:
-    """Returns int64 [tokens, 2]: the UTF-8 bytes of `text` that each token was made from."""
+    """Returns int64 [tokens, 2]: the UTF-8 bytes of `text` that each token was made from.
+
+    Raises:
+      DataError: gpt1-paper, which rewrites the text first.
+    """
+    if self._takes_words:
+      raise DataError(
+        "gpt1-paper rewrites text before it is tokenised, so its tokens have no place in it;"
+        " use gpt1-hf where places are needed"
+      )
     char_bytes = np.array([len(char.encode()) for char in text], np.int64)
     ends = np.concatenate([[0], np.cumsum(char_bytes)])
     if self._is_char:
@@ -129,7 +192,7 @@ class Tokenizer:
         sizes[index] = 0 if added[index].special else len(token.encode())
       else:
         # ByteLevel writes each byte as one printable character.
-        sizes[index] = len(token) if is_byte_level else len(self.backend.decode([index]).encode())
+        sizes[index] = len(token) if is_byte_level else len(_surface(token).encode())
     return sizes
 
   def save(self, path: str | Path) -> None:
@@ -137,12 +200,24 @@ class Tokenizer:
     Path(path).write_text(self.backend.to_str(pretty=True), encoding="utf-8")
 
   @functools.cached_property
+  def _parsing_backend(self) -> Backend:
+    """Our backend switched to parse special tokens; a switch is not for threads to share."""
+    backend = Backend.from_str(self.backend.to_str())
+    backend.encode_special_tokens = False
+    return backend
+
+  @functools.cached_property
+  def _special_pattern(self) -> re.Pattern:
+    longest_first = sorted(special_tokens(self.backend), key=len, reverse=True)
+    return re.compile("(" + "|".join(map(re.escape, longest_first or ["(?!)"])) + ")")
+
+  @functools.cached_property
   def _known_ids(self) -> frozenset[int]:
     return frozenset(self.backend.get_vocab(with_added_tokens=True).values())
 
   @functools.cached_property
   def _id_of_codepoint(self) -> np.ndarray:
-    special = _special_tokens(self.backend)
+    special = special_tokens(self.backend)
     table = np.full(0x110000, -1, np.int32)
     for char, index in self.backend.get_vocab(with_added_tokens=True).items():
       if char not in special:
@@ -174,35 +249,72 @@ class Tokenizer:
     return "before_space" if is_gpt2 else "nowhere"
 
 
-def load_tokenizer(path: str | Path, end_token: str | None = None) -> Tokenizer:
-  """Loads a tokenizer.json, a folder with one, or a folder with GPT-2's two files.
+class TextStream:
+  """Decodes ids one by one, and never gives half a character.
+
+  The pieces joined are `Tokenizer.decode` of all ids. A character that the last id leaves
+  unfinished is shown by `finish` as U+FFFD, as `decode` shows it.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
+    self._tokenizer = tokenizer
+    self._skip = skip_special_tokens
+    self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+    self._ids: list[int] = []
+    self._num_chars = 0
+
+  def step(self, token: int) -> str:
+    """Returns the text that one more id completes, which may be none."""
+    piece = self._stream.step(self._tokenizer.backend, int(token)) or ""
+    self._ids.append(int(token))
+    self._num_chars += len(piece)
+    return piece
+
+  def finish(self) -> str:
+    """Returns the text that is left when no more ids come."""
+    return self._tokenizer.decode(self._ids, self._skip)[self._num_chars :]
+
+
+def load_tokenizer(
+  path: str | Path,
+  end_token: str | None = None,
+  *,
+  do_lower_case: bool | None = None,
+  **given: str | Sequence[str],
+) -> Tokenizer:
+  """Loads a tokenizer of any kind that gptjax knows.
 
   Args:
-    path: a file, or a folder with tokenizer.json, encoder.json + vocab.bpe, or
-      vocab.json + merges.txt.
-    end_token: text of the end token; "" for none; None finds it: tokenizer_config.json's
-      eos_token, the only special token, or a usual name among several.
+    path: a tokenizer.json, a SentencePiece .model, or a folder with one of them, with
+      encoder.json + vocab.bpe, vocab.json + merges.txt, or GPT-1's encoder_bpe_40000.json +
+      vocab_40000.bpe. GPT-1's text handling is `gpt1-paper` for OpenAI's own files and `gpt1-hf`
+      for others with `</w>`; "gpt1-paper:PATH" or "gpt1-hf:PATH" says which.
+    end_token: text of the end token, which the tokenizer must have; "" for none; None finds it:
+      eos_token given here, noted in the file or in tokenizer_config.json, or
+      `special_tokens.usual_roles`.
+    do_lower_case: lower-case text for a SentencePiece model; None does what tokenizer_config.json
+      says.
+    given: special tokens by role, as transformers' `AutoTokenizer.from_pretrained` takes them:
+      bos_token="[BOS]", pad_token=..., additional_special_tokens=[...]. Those that the vocabulary
+      lacks are added after its last id (`Tokenizer.added_tokens`).
 
   Raises:
-    DataError: no tokenizer there, a damaged one, or one without that end token.
+    UnknownTokenizerError: no tokenizer there, or none of a known kind.
+    DataError: a damaged one, or one without that end token.
+    ConfigError: a special token with a misspelt role, or two end tokens.
   """
-  path = Path(path).expanduser()
-  file = path / "tokenizer.json" if path.is_dir() else path
-  pairs = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-  pair = next((p for p in pairs if all((path / name).is_file() for name in p)), None)
+  roles, others = check_given(given)
+  if end_token is not None and roles.get("eos_token", end_token) != end_token:
+    raise ConfigError(f'end_token "{end_token}" and eos_token "{roles["eos_token"]}" are one thing')
+  mode, path = split_mode(path)
   with _damage_named(path):
-    if file.is_file():
-      backend = Backend.from_str(file.read_text(encoding="utf-8"))
-    elif pair:
-      backend = _read_gpt2_files(path / pair[0], path / pair[1])
-    else:
-      raise DataError(
-        f'no tokenizer in "{path}"; give "char", "bpe", a tokenizer.json, or a folder with one'
-        " or with encoder.json and vocab.bpe"
-      )
-  if end_token is None:
-    return Tokenizer(backend, _find_end_token(backend, file.with_name("tokenizer_config.json")))
-  return Tokenizer(backend, end_token or None)
+    backend, said = read_backend(path, mode, do_lower_case)
+    noted = read_notes(json.loads(backend.to_str()))
+  roles = usual_roles(backend) | said | {r: t for r, t in noted.items() if r in ROLES} | roles
+  if end_token is not None:
+    roles.pop("eos_token", None)
+  added = add_special(backend, [*(roles[role] for role in ROLES if role in roles), *others])
+  return Tokenizer(backend, roles.get("eos_token") or end_token or None, roles, added)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, end_token: str = "<|endoftext|>") -> Tokenizer:
@@ -224,7 +336,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, end_token: str = "<|endofte
     raise DataError(
       f"data.vocab_size is {vocab_size}; a byte-level BPE needs at least {256 + len(special)}"
     )
-  backend = _byte_level(models.BPE())
+  backend = byte_level(models.BPE())
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size,
     min_frequency=2,
@@ -296,35 +408,22 @@ def find_cut(text: str, position: int, cuts: str) -> int | None:
 _SPACE_AFTER_WORD = re.compile(r"\S(?=[ \t\n\r\u3000])")
 
 
-def _byte_level(model: models.Model) -> Backend:
-  backend = Backend(model)
-  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  backend.decoder = decoders.ByteLevel()
-  return backend
+def _note_roles(backend: Backend, roles: Mapping[str, str]) -> dict:
+  """Notes the roles that a tokenizer.json would not tell, and returns it, parsed."""
+  spec = json.loads(backend.to_str())
+  told = usual_roles(backend) | read_notes(spec)
+  untold = {role: token for role, token in roles.items() if told.get(role) != token}
+  if not untold:
+    return spec
+  write_notes(backend, untold)
+  return json.loads(backend.to_str())
 
 
-def _read_gpt2_files(vocab_file: Path, merges_file: Path) -> Backend:
-  backend = _byte_level(models.BPE.from_file(str(vocab_file), str(merges_file)))
-  if "<|endoftext|>" in backend.get_vocab():
-    backend.add_special_tokens(["<|endoftext|>"])
-  return backend
-
-
-def _special_tokens(backend: Backend) -> list[str]:
-  added = backend.get_added_tokens_decoder()
-  return [token.content for _, token in sorted(added.items()) if token.special]
-
-
-def _find_end_token(backend: Backend, config_file: Path) -> str | None:
-  special = _special_tokens(backend)
-  if config_file.is_file():
-    named = json.loads(config_file.read_text(encoding="utf-8")).get("eos_token")
-    named = named["content"] if isinstance(named, dict) else named
-    if named in special:
-      return named
-  if len(special) == 1:
-    return special[0]
-  return next((token for token in KNOWN_END_TOKENS if token in special), None)
+def _surface(token: str) -> str:
+  """The text that a token of SentencePiece or GPT-1 stands for."""
+  if re.fullmatch("<0x[0-9A-F]{2}>", token):
+    return "x"
+  return token.replace("▁", " ").replace(WORD_END, " ")
 
 
 def _is_character_spec(spec: dict) -> bool:
@@ -342,7 +441,7 @@ def _is_character_spec(spec: dict) -> bool:
 def _damage_named(path: Path) -> Iterator[None]:
   try:
     yield
-  except DataError:
+  except UserError:
     raise
   # tokenizers raises bare Exception for whatever it cannot parse.
   except Exception as error:

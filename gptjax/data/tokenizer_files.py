@@ -1,0 +1,104 @@
+"""Finding and reading tokenizer files of every kind that gptjax knows."""
+
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
+
+from gptjax.data import special_tokens
+from gptjax.data.gpt1_tokenizer import MODES, WORD_END, make_gpt1_backend
+from gptjax.data.sentencepiece_model import make_sentencepiece_backend, read_sentencepiece
+from gptjax.errors import ConfigError, UnknownTokenizerError
+
+_OPENAI_GPT1 = ("encoder_bpe_40000.json", "vocab_40000.bpe")
+_PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), _OPENAI_GPT1)
+
+
+def split_mode(path: str | Path) -> tuple[str | None, Path]:
+  """Parts `gpt1-paper:FOLDER` into the mode and the path."""
+  mode, colon, rest = str(path).partition(":")
+  if colon and mode in MODES:
+    return mode, Path(rest).expanduser()
+  return None, Path(path).expanduser()
+
+
+def read_backend(
+  path: Path, mode: str | None, do_lower_case: bool | None
+) -> tuple[Backend, dict[str, str]]:
+  """Reads a tokenizer of any kind, with the tokens that its folder adds.
+
+  Returns:
+    The tokenizer, and {role: token} where the files other than tokenizer.json say it.
+
+  Raises:
+    UnknownTokenizerError: there is none, or none of a known kind.
+    ConfigError: do_lower_case or a GPT-1 mode for a tokenizer that cannot have it.
+  """
+  folder = path if path.is_dir() else path.parent
+  roles, others = special_tokens.read_roles(folder)
+  file = path / "tokenizer.json" if path.is_dir() else path
+  pair = next((p for p in _PAIRS if all((folder / name).is_file() for name in p)), None)
+  if do_lower_case and not _sentencepiece_file(path):
+    raise ConfigError(
+      f'do_lower_case is for SentencePiece models, and "{path}" says itself whether it lower-cases'
+    )
+  if file.is_file() and file.suffix != ".model":
+    backend = Backend.from_str(file.read_text(encoding="utf-8"))
+    if mode:
+      model = json.loads(backend.to_str())["model"]
+      backend = _gpt1(path, model["vocab"], [tuple(pair) for pair in model["merges"]], mode)
+  elif path.is_dir() and pair:
+    backend = _read_pair(folder, pair, mode)
+  elif found := _sentencepiece_file(path):
+    if do_lower_case is None:
+      config = special_tokens.read_json(folder / "tokenizer_config.json")
+      do_lower_case = bool(config.get("do_lower_case"))
+    model = read_sentencepiece(found)
+    backend = make_sentencepiece_backend(model, do_lower_case)
+    roles = model.roles | roles
+  else:
+    raise UnknownTokenizerError(
+      f'no tokenizer in "{path}" that gptjax knows; give "char", "bpe", a tokenizer.json, a'
+      " SentencePiece .model, or a folder with one or with encoder.json and vocab.bpe"
+    )
+  if path.is_dir():
+    special_tokens.add_listed_tokens(backend, folder, {*roles.values(), *others})
+    special_tokens.add_special(backend, others)
+  return backend, roles
+
+
+def byte_level(model: models.Model, add_prefix_space: bool = False) -> Backend:
+  """Makes a tokenizer that works on UTF-8 bytes, parted as GPT-2 does."""
+  backend = Backend(model)
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+  backend.decoder = decoders.ByteLevel()
+  return backend
+
+
+def _read_pair(folder: Path, pair: tuple[str, str], mode: str | None) -> Backend:
+  vocab, merges = models.BPE.read_file(str(folder / pair[0]), str(folder / pair[1]))
+  if mode or any(token.endswith(WORD_END) for token in vocab):
+    default = "gpt1-paper" if pair == _OPENAI_GPT1 else "gpt1-hf"
+    return _gpt1(folder, vocab, merges, mode or default)
+  config = special_tokens.read_json(folder / "tokenizer_config.json")
+  backend = byte_level(models.BPE(vocab, merges), bool(config.get("add_prefix_space")))
+  if special_tokens.END_TOKEN in vocab:
+    backend.add_special_tokens([special_tokens.END_TOKEN])
+  return backend
+
+
+def _gpt1(path: Path, vocab: dict[str, int], merges: list[tuple[str, str]], mode: str) -> Backend:
+  if not any(token.endswith(WORD_END) for token in vocab):
+    raise ConfigError(f'"{path}" has no tokens that end in "{WORD_END}", so {mode} is not for it')
+  return make_gpt1_backend(vocab, merges, mode)
+
+
+def _sentencepiece_file(path: Path) -> Path | None:
+  """The .model file meant by a path: itself, or the only one of a folder without tokenizer.json."""
+  if path.suffix == ".model" and path.is_file():
+    return path
+  if not path.is_dir() or (path / "tokenizer.json").is_file():
+    return None
+  found = sorted(path.glob("*.model"))
+  return found[0] if len(found) == 1 else None
