@@ -58,14 +58,17 @@ class LazyTensor:
   def read(self, index: Any = None) -> np.ndarray:
     """Returns the tensor, or the part of it that NumPy's basic `index` selects.
 
-    The result is a read-only view of the file where the file allows it: no memory is taken before
-    somebody copies it, and it must not be used after the file is overwritten in place.
+    The result is read-only, and a view of the file unless the tensor is in pieces there or begins
+    at an odd byte: no memory is taken before somebody copies it. It must not be used after the
+    file is overwritten in place (replacing the file by another is harmless).
     """
     if len(self.parts) == 1:
       found = self.parts[0] if index is None else self.parts[0][index]
     else:
       found = self._gather(() if index is None else index)
-    return np.require(found, requirements="A")  # a file may start a tensor at any byte
+    found = np.require(found, requirements="A")
+    found.flags.writeable = False
+    return found
 
   def _gather(self, index: Any) -> np.ndarray:
     """Joins the rows of the first axis that `index` touches, then applies the rest of it."""

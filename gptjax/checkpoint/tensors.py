@@ -27,6 +27,7 @@ _NAMES = (
   *("ckpt.pt", openai_files.SHAPES_FILE),
   *("*.safetensors", "*.bin", "*.pt", "*.pth", "*.msgpack", "*-model.json"),
 )
+_FOLDERS = ("", ".", "..")
 _NO_WEIGHTS = {"training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
 _WEB_PAGE = "it is a web page, not the file; download it again"
 _NOT_CHECKPOINTS = {
@@ -152,7 +153,8 @@ def _open_shards(index: Path) -> TensorSource:
 def _check_shard_names(names: Sequence[Any]) -> list[str]:
   """Returns the names once each; Malformed unless they are files beside the index."""
   for name in names:
-    if not isinstance(name, str) or Path(name).name != name or "\0" in name or "\\" in name:
+    is_name = isinstance(name, str) and not set(name) & set("/\\\0") and name not in _FOLDERS
+    if not is_name:
       raise Malformed(f"it names the shard {lazy_tensor.spell(name)}, which is no file beside it")
   return sorted(set(names))
 

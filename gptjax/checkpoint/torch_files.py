@@ -108,7 +108,7 @@ def read_torch_legacy(
   if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
     raise Malformed("the list of its storages is damaged")
   if sorted(keys) != sorted(storages):
-    raise Malformed("its pickle and its list of storages disagree; download it again")
+    raise Malformed("it lists other storages than its tensors use; download it again")
   arrays, place = {}, stream.tell()
   for key in keys:
     storage, place = storages[key], place + 8

@@ -17,6 +17,7 @@ from gptjax.checkpoint.lazy_tensor import Malformed
 
 # A tensor takes some 50, so this is for 40,000 tensors; each makes at most one small object.
 _MAX_INSTRUCTIONS = 2_000_000
+_MAX_MARKS = 1000
 
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LITERALS = {
@@ -137,6 +138,8 @@ class _Machine:
     """`genops` ends here."""
 
   def _do_mark(self, argument: None) -> None:
+    if len(self._below) > _MAX_MARKS:
+      raise Malformed(f"its pickle nests more than {_MAX_MARKS} containers")
     self._below.append(self._stack)
     self._stack = []
 
