@@ -60,8 +60,9 @@ def save_hf(
       " tokenizer of this model"
     )
   tensors = _Tensors(config, params)
-  # GPT-2's convention: what ends a document also begins one.
-  ids = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer and tokenizer.end_id)
+  ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+  if tokenizer is not None:
+    ids = dict(zip(ids, (tokenizer.bos_id, tokenizer.end_id, tokenizer.pad_id), strict=True))
   fields = write_foreign_config(config) | ids | {"torch_dtype": tensors.common_dtype()}
   with _appearing(path) as folder:
     _write_json(folder / "config.json", fields)
@@ -69,6 +70,16 @@ def save_hf(
     if tokenizer is not None:
       _write_tokenizer(folder, tokenizer, config)
     _write_shards(folder, tensors, max_shard_bytes)
+
+
+def foreign_tensors(config: ModelConfig, params: PyTree) -> dict[str, np.ndarray]:
+  """Returns parameters, or anything of their structure such as gradients, by transformers' names.
+
+  Raises:
+    CheckpointError: transformers has no such model, or the arrays are not those of the config.
+  """
+  tensors = _Tensors(config, params)
+  return {name: tensors.make(name) for name in tensors.parts}
 
 
 class _Tensors:
@@ -169,9 +180,7 @@ def _write_tokenizer(folder: Path, tokenizer: Any, config: ModelConfig) -> None:
     "model_max_length": config.context_length,
     "clean_up_tokenization_spaces": False,
   }
-  if tokenizer.end_token is not None:
-    fields |= dict.fromkeys(("bos_token", "eos_token"), tokenizer.end_token)
-  _write_json(folder / "tokenizer_config.json", fields)
+  _write_json(folder / "tokenizer_config.json", fields | tokenizer.roles)
 
 
 def _write_shards(folder: Path, tensors: _Tensors, max_shard_bytes: float) -> None:

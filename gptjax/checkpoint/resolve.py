@@ -1,6 +1,7 @@
 """What a model argument is: a run, a folder or file of another library, or a name on the hub."""
 
 import dataclasses
+import fnmatch
 import os
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,8 @@ from gptjax.errors import CheckpointError
 # Weights that we read, the best first; a hub repository often has several of the same model.
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "flax_model*.msgpack")
 # What goes with them, as far as it is there.
-_BESIDE = (
-  *(
-    "config.json",
-    "generation_config.json",
-    "*.index.json",
-    "tokenizer*.json",
-    "added_tokens.json",
-  ),
-  *("special_tokens_map.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe"),
-  *("*.model", "*.vocab", "vocab.txt"),
-)
+_BESIDE = ("*.json", "merges.txt", "vocab.txt", "vocab.bpe", "*.model", "*.vocab")
+_TIMEOUT_SECONDS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +68,10 @@ def _download(name: str, report: Report) -> str:
   from huggingface_hub import errors
 
   try:
-    files = huggingface_hub.list_repo_files(name)
+    # The one call that does not try five times without a network.
+    info = huggingface_hub.model_info(name, timeout=_TIMEOUT_SECONDS)
     report(f'"{name}" is no local folder; reading it from the Hugging Face hub')
-    return huggingface_hub.snapshot_download(name, allow_patterns=_needed(files, name))
+    return huggingface_hub.snapshot_download(name, allow_patterns=_needed(info.siblings, name))
   except errors.GatedRepoError as error:
     raise CheckpointError(
       f'"{name}" needs its licence to be accepted on huggingface.co; then run `hf auth login`'
@@ -101,10 +94,10 @@ def _download(name: str, report: Report) -> str:
     ) from error
 
 
-def _needed(files: list[str], name: str) -> list[str]:
+def _needed(siblings: list[Any], name: str) -> list[str]:
   """Returns the patterns of what to download: one kind of weights, and what goes with them."""
   for pattern in _WEIGHTS:
-    if any(Path(file).match(pattern) and "/" not in file for file in files):
+    if any(fnmatch.fnmatchcase(file.rfilename, pattern) for file in siblings):
       return [pattern, *_BESIDE]
   raise CheckpointError(
     f'"{name}" on the Hugging Face hub has no weights that can be read ({", ".join(_WEIGHTS)})'
