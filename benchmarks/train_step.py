@@ -128,7 +128,7 @@ def make_loop(config: PretrainConfig, train_step: Program) -> Loop:
     peak_flops_per_second=None,
     max_bad_steps=train.max_bad_steps,
     diagnose=lambda *_: "",
-    should_stop=lambda: False,
+    should_stop=lambda step: False,
   )
 
 

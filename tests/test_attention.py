@@ -10,11 +10,12 @@ from families import make_config, relative_error
 
 from gptjax.errors import ConfigError
 from gptjax.model.attention import (
+  causal_attention,
+  causal_mask,
   choose_kernel,
   dropout,
   masked_attention,
   self_attention,
-  self_attention_mask,
 )
 from gptjax.parallel import make_parallel
 
@@ -63,15 +64,15 @@ compute = jax.jit(attend_with_gradients, static_argnames=("implementation", "win
 
 def test_the_mask_is_causal_windowed_and_segmented():
   segments = np.array([[1, 1, 1, 2, 2, 0], [1] * 6], np.int32)
-  mask = np.asarray(self_attention_mask(6, 2, segments))
+  mask = np.asarray(causal_mask(range(6), range(6), 2, segments))
   assert mask.shape == (2, 1, 6, 6)
   for row in range(2):
     for i in range(6):
       for j in range(6):
         seen = i - 1 <= j <= i and segments[row, i] == segments[row, j]
         assert mask[row, 0, i, j] == seen
-  assert np.array_equal(self_attention_mask(6, None)[0, 0], np.tri(6, dtype=bool))
-  assert np.array_equal(self_attention_mask(6, 6), self_attention_mask(6, None))
+  assert np.array_equal(causal_mask(range(6), range(6), None)[0, 0], np.tri(6, dtype=bool))
+  assert np.array_equal(causal_mask(range(6), range(6), 6), causal_mask(range(6), range(6), None))
 
 
 def test_a_row_that_sees_nothing_is_finite_with_its_gradient():
@@ -90,7 +91,7 @@ def test_scores_are_float32_when_heads_are_bfloat16():
   """Rounding the scores themselves to 8 bits would cost several per cent here."""
   query, key, value = (x.astype(jnp.bfloat16) for x in draw_heads(2, 16))
   query = query * 8
-  mask = self_attention_mask(16, None)
+  mask = causal_mask(range(16), range(16), None)
   got = masked_attention(query, key, value, mask, 1.0)
   assert got.dtype == jnp.bfloat16
   exact = masked_attention(*(x.astype(jnp.float32) for x in (query, key, value)), mask, 1.0)
@@ -267,3 +268,19 @@ def test_attention_dropout_keeps_the_expectation():
   standard_errors = dropped.std(axis=0) / np.sqrt(num_rows)
   # The largest of 80 normal deviates.
   assert (np.abs(errors) < 5 * standard_errors).all()
+
+
+@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("length", [200, 300])
+def test_blocks_of_queries_equal_the_whole_square(length, window):
+  keys = jax.random.split(jax.random.key(0), 3)
+  query, key, value = (jax.random.normal(k, (2, length, 2, 8)) for k in keys)
+  segment_ids_BL = jnp.repeat(jnp.arange(1, 3), jnp.array([150, length - 150]), axis=0)
+  segment_ids_BL = jnp.broadcast_to(segment_ids_BL[None, :], (2, length))
+  mask = causal_mask(range(length), range(length), window, segment_ids_BL)
+  whole = masked_attention(query, key, value, mask, 0.3)
+  blocks = causal_attention(
+    query, key, value, scale=0.3, window=window, segment_ids_BL=segment_ids_BL
+  )
+  # The same sums, over fewer masked zeros.
+  np.testing.assert_allclose(blocks, whole, rtol=1e-5, atol=1e-6)

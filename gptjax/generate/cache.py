@@ -12,7 +12,7 @@ from flax import struct
 
 from gptjax.batch import Batch
 from gptjax.model import positions
-from gptjax.model.attention import masked_attention, self_attention_mask
+from gptjax.model.attention import causal_attention, masked_attention
 from gptjax.model.block import Layer, Mixer, attention_scale, block
 from gptjax.model.config import ModelConfig
 from gptjax.model.decoder import embed, final_norm
@@ -66,8 +66,14 @@ def prefill(
     query, key, value = (x.reshape(shape) for x in (query_TA, key_TA, value_TA))
     query, key = _rotate((query, key), positions_BL, config)
     window = config.window_size if layer.kind == "local" else None
-    mask = self_attention_mask(length, window, batch.segment_ids_BL)
-    mixed = masked_attention(query, key, value, mask, attention_scale(config, layer))
+    mixed = causal_attention(
+      query,
+      key,
+      value,
+      scale=attention_scale(config, layer),
+      window=window,
+      segment_ids_BL=batch.segment_ids_BL,
+    )
     room = ((0, 0), (0, num_slots - length), (0, 0), (0, 0))
     return mixed.reshape(-1, config.attention_dim), (jnp.pad(key, room), jnp.pad(value, room))
 

@@ -14,26 +14,69 @@ from gptjax.model.config import ModelConfig
 from gptjax.parallel import per_device
 
 MASKED = -1e30  # finite: a row that sees nothing must not become NaN
+SMALLEST_QUERY_BLOCK = 64
+MOST_QUERY_BLOCKS = 4  # more save little and compile longer
 
 
-def self_attention_mask(
-  length: int, window: int | None, segment_ids_BL: jax.Array | None = None
+def causal_mask(
+  queries: range, keys: range, window: int | None, segment_ids_BL: jax.Array | None = None
 ) -> jax.Array:
-  """Returns who sees whom within rows: bool [1 or B, 1, L, L].
+  """Returns who sees whom within rows: bool [1 or B, 1, len(queries), len(keys)].
 
   Args:
-    length: L; causality goes by the place in the row.
+    queries, keys: places in the row; causality goes by them.
     window: a query sees itself and the window - 1 tokens before; None sees all before.
-    segment_ids_BL: tokens see only their own segment; None is one segment a row.
+    segment_ids_BL: of whole rows; tokens see only their own segment. None is one segment a row.
   """
-  index_L = jnp.arange(length)
-  distance_LL = index_L[:, None] - index_L[None, :]
-  mask_11LL = (distance_LL >= 0)[None, None]
+  distance_LM = (
+    jnp.arange(queries.start, queries.stop)[:, None] - jnp.arange(keys.start, keys.stop)[None, :]
+  )
+  mask_11LM = (distance_LM >= 0)[None, None]
   if window is not None:
-    mask_11LL &= (distance_LL < window)[None, None]
+    mask_11LM &= (distance_LM < window)[None, None]
   if segment_ids_BL is None:
-    return mask_11LL
-  return mask_11LL & (segment_ids_BL[:, None, :, None] == segment_ids_BL[:, None, None, :])
+    return mask_11LM
+  query_ids_BL = segment_ids_BL[:, queries.start : queries.stop]
+  key_ids_BM = segment_ids_BL[:, keys.start : keys.stop]
+  return mask_11LM & (query_ids_BL[:, None, :, None] == key_ids_BM[:, None, None, :])
+
+
+def causal_attention(
+  query_BLHK: jax.Array,
+  key_BLHK: jax.Array,
+  value_BLHK: jax.Array,
+  *,
+  scale: float | jax.Array,
+  window: int | None = None,
+  segment_ids_BL: jax.Array | None = None,
+  dropout_rate: float = 0.0,
+  key: jax.Array | None = None,
+) -> jax.Array:
+  """Attends within rows in plain XLA, a block of queries at a time.
+
+  A block computes no scores with the keys after it, nor with those before its window: half of the
+  products, and on two cores a third of the time of the whole square at 256 tokens.
+  Arguments and result are those of `self_attention` and `masked_attention`.
+  """
+  length = query_BLHK.shape[1]
+  block = max(SMALLEST_QUERY_BLOCK, -(-length // MOST_QUERY_BLOCKS))
+  mixed = []
+  for start in range(0, length, block):
+    queries = range(start, min(start + block, length))
+    keys = range(0 if window is None else max(0, start - window + 1), queries.stop)
+    seen = slice(keys.start, keys.stop)
+    mixed.append(
+      masked_attention(
+        query_BLHK[:, queries.start : queries.stop],
+        key_BLHK[:, seen],
+        value_BLHK[:, seen],
+        causal_mask(queries, keys, window, segment_ids_BL),
+        scale,
+        dropout_rate,
+        None if key is None else jax.random.fold_in(key, start),
+      )
+    )
+  return mixed[0] if len(mixed) == 1 else jnp.concatenate(mixed, axis=1)
 
 
 def masked_attention(
@@ -56,12 +99,16 @@ def masked_attention(
   Returns:
     [B, L, H, K] in the dtype of value. Source: Vaswani et al. 2017, section 3.2.1.
   """
+  # Heads first, once: XLA on CPU multiplies contiguous matrices only.
+  query_BHLK, key_BHMK, value_BHMK = (
+    jnp.swapaxes(x, 1, 2) for x in (query_BLHK * scale, key_BMHK, value_BMHK)
+  )
   scores_BHLM = jnp.einsum(
-    "blhk,bmhk->bhlm", query_BLHK * scale, key_BMHK, preferred_element_type=jnp.float32
+    "bhlk,bhmk->bhlm", query_BHLK, key_BHMK, preferred_element_type=jnp.float32
   )
   weights_BHLM = jax.nn.softmax(jnp.where(mask, scores_BHLM, MASKED), axis=-1)
   weights_BHLM = dropout(weights_BHLM, dropout_rate, key).astype(value_BMHK.dtype)
-  return jnp.einsum("bhlm,bmhk->blhk", weights_BHLM, value_BMHK)
+  return jnp.swapaxes(jnp.einsum("bhlm,bhmk->bhlk", weights_BHLM, value_BHMK), 1, 2)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
@@ -92,9 +139,16 @@ def self_attention(
   has_dropout = key is not None and config.attention_dropout > 0
   kernel = choose_kernel(config, length, query_BLHK.dtype, has_dropout, jax.default_backend())
   if kernel == "xla":
-    mask = self_attention_mask(length, window, segment_ids_BL)
-    rate = config.attention_dropout
-    return masked_attention(query_BLHK, key_BLHK, value_BLHK, mask, scale, rate, key)
+    return causal_attention(
+      query_BLHK,
+      key_BLHK,
+      value_BLHK,
+      scale=scale,
+      window=window,
+      segment_ids_BL=segment_ids_BL,
+      dropout_rate=config.attention_dropout,
+      key=key,
+    )
   run = {"cudnn": _cudnn_attention, "pallas": _splash_attention}[kernel]
   heads, ids = ("rows", None, "heads", None), () if segment_ids_BL is None else ("rows", None)
   run = per_device(functools.partial(run, window=window), (heads, heads, heads, ids), heads)

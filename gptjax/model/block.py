@@ -63,18 +63,9 @@ def attention_scale(config: ModelConfig, layer: Layer) -> float | jax.Array:
 
 
 def attention(params: dict, x_TD: jax.Array, mix: Mixer, layer: Layer) -> tuple[jax.Array, Any]:
-  """Projects to queries, keys and values, mixes positions, and projects back.
-
-  The three kernels become one product. They are stacked, not concatenated, so that a mesh axis
-  over their columns stays where it is.
-  """
-  names = ("query", "key", "value")
-  kernel_DCA = jnp.stack([params[name]["kernel"].astype(x_TD.dtype) for name in names], axis=1)
-  projected_TCA = jnp.einsum("td,dca->tca", x_TD, kernel_DCA)
-  if "bias" in params["query"]:
-    bias_CA = jnp.stack([params[name]["bias"].astype(x_TD.dtype) for name in names])
-    projected_TCA += bias_CA[None]
-  mixed_TA, kept = mix(*(projected_TCA[:, i] for i in range(3)), layer)
+  """Projects to queries, keys and values, mixes positions, and projects back."""
+  query_TA, key_TA, value_TA = (linear(params[name], x_TD) for name in ("query", "key", "value"))
+  mixed_TA, kept = mix(query_TA, key_TA, value_TA, layer)
   return linear(params["output"], mixed_TA), kept
 
 
