@@ -26,8 +26,10 @@ from gptjax.errors import UnknownTokenizerError
 SPACE = "▁"
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _UNIGRAM, _BPE = 1, 2
-# Pieces that text may not spell: below any path through a text of reasonable length.
-_NEVER = -1e9
+# The score of pieces that text may not spell, below any other way to part the same letters.
+_NEVER = -1e4
+# Makes float32 log-probabilities of 2 and more whole.
+_SCALE = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ class SentencePieceModel:
   add_dummy_prefix: bool
   remove_extra_whitespaces: bool
   escape_whitespaces: bool
+  space_is_suffix: bool
   byte_fallback: bool
   roles: dict[str, str]
 
@@ -83,6 +86,7 @@ def read_sentencepiece(file: Path) -> SentencePieceModel:
     add_dummy_prefix=bool(normalizer.get(3, 1)),
     remove_extra_whitespaces=bool(normalizer.get(4, 1)),
     escape_whitespaces=bool(normalizer.get(5, 1)),
+    space_is_suffix=bool(trainer.get(24, 0)),
     byte_fallback=bool(trainer.get(35, 0)),
     roles={role: piece for role, piece in said.items() if piece in special},
   )
@@ -97,8 +101,9 @@ def make_sentencepiece_backend(model: SentencePieceModel, lower_case: bool = Fal
   Raises:
     UnknownTokenizerError: it is neither unigram nor BPE, or needs what `tokenizers` lacks.
   """
-  if not model.escape_whitespaces:
-    raise UnknownTokenizerError("the SentencePiece model keeps plain spaces; re-train it without")
+  if not model.escape_whitespaces or model.space_is_suffix:
+    option = "treat_whitespace_as_suffix" if model.space_is_suffix else "escape_whitespaces=false"
+    raise UnknownTokenizerError(f"the SentencePiece model was trained with {option}")
   if model.model_type == _UNIGRAM:
     backend = Backend(_unigram(model))
   elif model.model_type == _BPE:
@@ -130,15 +135,22 @@ def _splits(model: SentencePieceModel) -> Iterator[pre_tokenizers.PreTokenizer]:
   if not any(SPACE in text[1:] for text, _, _ in model.pieces):
     # No piece reaches over a space, so words may be looked at, and remembered, one by one.
     yield pre_tokenizers.Split(SPACE, "merged_with_next")
+  if unspellable := list(_cuts_in_special_pieces(model)):
+    yield pre_tokenizers.Split(Regex("|".join(unspellable)), "merged_with_previous")
+
+
+def _cuts_in_special_pieces(model: SentencePieceModel) -> Iterator[str]:
+  """Yields patterns after which to cut, so that text which spells a special piece is only text.
+
+  The piece's low score says so already, unless some of its letters are unknown, which scores lower
+  still. No normal piece crosses from a known letter to an unknown one, so a cut there is harmless.
+  """
   normal = {text for text, _, kind in model.pieces if kind in (_NORMAL, _USER_DEFINED)}
   for text, _, kind in model.pieces:
-    # Text that spells a control piece is only text. Its score says so, unless the rest of its
-    # letters are unknown, which scores lower still; there a cut that no other piece would cross.
     is_known = [char in normal for char in text]
     cut = next((i for i in range(1, len(text)) if is_known[i - 1] != is_known[i]), None)
-    if kind in (_UNKNOWN, _CONTROL) and cut:
-      pattern = f"{re.escape(text[:cut])}(?={re.escape(text[cut:])})"
-      yield pre_tokenizers.Split(Regex(pattern), "merged_with_previous")
+    if kind in (_UNKNOWN, _CONTROL, _BYTE) and cut:
+      yield f"{re.escape(text[:cut])}(?={re.escape(text[cut:])})"
 
 
 def _decoders(model: SentencePieceModel) -> Iterator[decoders.Decoder]:
@@ -158,7 +170,9 @@ def _unigram(model: SentencePieceModel) -> models.Unigram:
       return len(text.encode()) * highest - 0.1
     return score if kind == _NORMAL else _NEVER
 
-  vocab = [(text, score_of(text, score, kind)) for text, score, kind in model.pieces]
+  # Whole numbers, since tokenizer.json does not read long fractions back exactly; which path is
+  # best does not depend on the scale.
+  vocab = [(text, float(round(score_of(text, *rest) * _SCALE))) for text, *rest in model.pieces]
   return models.Unigram(vocab, model.unknown_id, model.byte_fallback)
 
 
