@@ -252,6 +252,10 @@ class _Fields:
       self.refuse(used, value, f"it must be {_KINDS[kind]}{more}")
     return kind(value)
 
+  def has(self, name: str) -> bool:
+    """Says whether a field is there."""
+    return name in self._fields
+
   def size(self, name: str, default: Any = _ABSENT) -> int:
     """Returns a whole number of at least 1."""
     return self.take(name, default, int, least=1)
@@ -384,7 +388,7 @@ def _read_attention_layers(fields: _Fields, num_layers: int) -> list[str]:
     expanded = [kind for kinds, repeats in types for _ in range(repeats) for kind in kinds]
   except (TypeError, ValueError):
     fields.refuse("attention_types", types, 'it must be like [[["global", "local"], 12]]')
-  if layers is not None and layers != expanded and "attention_types" in fields._fields:
+  if layers is not None and layers != expanded and fields.has("attention_types"):
     fields.refuse("attention_layers", layers, f"attention_types says {json.dumps(expanded)}")
   name, layers = ("attention_types", expanded) if layers is None else ("attention_layers", layers)
   if len(layers) != num_layers:
