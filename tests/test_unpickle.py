@@ -44,6 +44,7 @@ def attacks(command):
     "torch.hub.load": call(global_name("torch.hub", "load"), text("a/b"), text("c")),
     "torch.load": call(global_name("torch", "load"), text("other.bin")),
     "dotted name": stack_global("torch._utils", "_rebuild_tensor_v2.__globals__"),
+    "a name with a backslash": global_name("o\\s", "system"),
     "dotted module": stack_global("collections.OrderedDict", "__init__"),
     "getattr": call(global_name("builtins", "getattr"), ORDERED_DICT, text("__init__")),
     "call of a result": call(ORDERED_DICT) + tuple_of(text(command)) + b"R",

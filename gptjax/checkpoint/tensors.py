@@ -5,7 +5,7 @@ shapes and layouts are those of the file.
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,10 @@ def open_tensors(path: str | Path) -> TensorSource:
       itself, or asks to run code, which nothing here does. One line that names the file.
   """
   path = Path(path)
-  if not path.exists():
-    raise CheckpointError(f'"{path}" does not exist; give a folder or a file of weights')
-  found = _find(path) if path.is_dir() else path
+  with _reading(path):
+    if not path.exists():
+      raise CheckpointError(f'"{path}" does not exist; give a folder or a file of weights')
+    found = _find(path) if path.is_dir() else path
   if found.name == openai_files.SHAPES_FILE:
     with _reading(found.parent):
       tensors, metadata = openai_files.read_openai_gpt1(found.parent)
@@ -73,7 +74,7 @@ def open_tensors(path: str | Path) -> TensorSource:
 
 def _find(folder: Path) -> Path:
   for pattern in _NAMES:
-    matches = sorted(path for path in folder.glob(pattern) if path.name not in _NO_WEIGHTS)
+    matches = sorted(path for path in folder.glob(pattern) if _may_be_weights(path.name))
     if len(matches) > 1:
       names = ", ".join(path.name for path in matches[:4])
       raise CheckpointError(
@@ -86,6 +87,10 @@ def _find(folder: Path) -> Path:
     f'"{folder}" holds no weights that can be read: no model.safetensors, pytorch_model.bin,'
     f" flax_model.msgpack, ckpt.pt or {openai_files.SHAPES_FILE}; there is {there}"
   )
+
+
+def _may_be_weights(name: str) -> bool:
+  return name not in _NO_WEIGHTS and not name.startswith(".")
 
 
 def _open_file(path: Path) -> TensorSource:
@@ -150,7 +155,7 @@ def _open_shards(index: Path) -> TensorSource:
   )
 
 
-def _check_shard_names(names: Sequence[Any]) -> list[str]:
+def _check_shard_names(names: Iterable[Any]) -> list[str]:
   """Returns the names once each; Malformed unless they are files beside the index."""
   for name in names:
     is_name = isinstance(name, str) and not set(name) & set("/\\\0") and name not in _FOLDERS
@@ -169,6 +174,4 @@ def _reading(path: Path) -> Iterator[None]:
   except OSError as error:
     raise CheckpointError(f'"{path}" cannot be read: {error.strerror or error}') from error
   except MemoryError as error:
-    raise CheckpointError(
-      f'"{path}" cannot be read: it asks for more memory than there is'
-    ) from error
+    raise CheckpointError(f'"{path}" needs more memory than there is') from error

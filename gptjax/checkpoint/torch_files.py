@@ -68,10 +68,9 @@ def read_torch_zip(path: Path, buffer: mmap.mmap) -> tuple[dict[str, LazyTensor]
   prefix = pickles[0].removesuffix("data.pkl")
   if f"{prefix}constants.pkl" in members:
     raise Malformed("it is a TorchScript program; save the state_dict() of the model instead")
-  if "byteorder" in {name.removeprefix(prefix) for name in members}:
-    start, stop = members[f"{prefix}byteorder"]
-    if buffer[start:stop] != b"little":
-      raise Malformed("its numbers are not little-endian")
+  start, stop = members.get(f"{prefix}byteorder", (0, 0))  # since torch 2.1
+  if buffer[start:stop] not in (b"", b"little"):
+    raise Malformed("its numbers are not little-endian")
   storages: dict[str, _Storage] = {}
   start, stop = members[pickles[0]]
   stream = unpickle.PickleStream(buffer, start, stop)
@@ -109,18 +108,23 @@ def read_torch_legacy(
     raise Malformed("the list of its storages is damaged")
   if sorted(keys) != sorted(storages):
     raise Malformed("it lists other storages than its tensors use; download it again")
-  arrays, place = {}, stream.tell()
-  for key in keys:
-    storage, place = storages[key], place + 8
-    if int.from_bytes(buffer[place - 8 : place], "little") != storage.size:
-      raise Malformed(
-        f"storage {lazy_tensor.spell(key)} should begin at byte {place - 8} of {len(buffer)}; the"
-        " file is truncated or damaged: copy or download it again"
-      )
-    stop = min(place + storage.size * storage.dtype.itemsize, len(buffer))
-    arrays[key] = _map_storage(buffer, storage, place, stop)
-    place = stop
+  arrays = _map_in_a_row(buffer, [storages[key] for key in keys], stream.tell())
   return _collect(content, arrays, path.name)
+
+
+def _map_in_a_row(buffer: mmap.mmap, storages: list[_Storage], place: int) -> dict[str, np.ndarray]:
+  """Maps the storages of an old file, which begin at byte `place`."""
+  arrays = {}
+  for storage in storages:
+    start = place + 8
+    if int.from_bytes(buffer[place:start], "little") != storage.size:
+      raise Malformed(
+        f"storage {lazy_tensor.spell(storage.key)} should begin at byte {place} of {len(buffer)};"
+        " the file is truncated or damaged: copy or download it again"
+      )
+    place = min(start + storage.size * storage.dtype.itemsize, len(buffer))
+    arrays[storage.key] = _map_storage(buffer, storage, start, place)
+  return arrays
 
 
 def _find_members(path: Path, buffer: mmap.mmap) -> dict[str, tuple[int, int]]:

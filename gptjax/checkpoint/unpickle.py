@@ -56,9 +56,12 @@ class PickleStream:
     return self._buffer[start : self._place]
 
   def readline(self) -> bytes:
-    """Returns the bytes up to the next line feed with it, or to the end."""
+    """Returns the bytes up to the next line feed with it, or to the end. Only names are lines."""
     found = self._buffer.find(b"\n", self._place, self._stop)
-    return self.read((self._stop if found < 0 else found + 1) - self._place)
+    line = self.read((self._stop if found < 0 else found + 1) - self._place)
+    if b"\\" in line:
+      raise Malformed("its pickle has a name with a backslash")  # pickletools would warn of escapes
+    return line
 
 
 def unpickle(
