@@ -117,6 +117,7 @@ def damages():
     "other rank": built([6], [1, 1]),
     "storage larger than its bytes": built([6], [1], size=7),
     "storage smaller than its bytes": built([5], [1], size=5),
+    "empty and huge": built([2**40, 2**40, 0], [0, 0, 0]),
     "huge storage": built([6], [1], size=2**60),
     "negative storage": built([0], [1], size=-6),
     "storage that is not there": {

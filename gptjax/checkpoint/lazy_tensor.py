@@ -155,10 +155,11 @@ def check_dtype(name: Any) -> np.dtype:
 
 
 def check_shape(shape: Any) -> tuple[int, ...]:
-  """Returns a shape as a tuple; Malformed unless it is a few sizes whose product has 63 bits."""
+  """Returns a shape as a tuple; Malformed unless it is a few sizes that NumPy can multiply."""
   if not isinstance(shape, list | tuple) or not all(map(is_size, shape)):
     raise Malformed("a tensor's shape is not a list of sizes")
-  if len(shape) > _MAX_DIMENSIONS or math.prod(shape) >= 2**56:
+  # NumPy multiplies the others also where one size is 0
+  if len(shape) > _MAX_DIMENSIONS or math.prod(size or 1 for size in shape) >= 2**56:
     raise Malformed("a tensor's shape is larger than any file")
   return tuple(shape)
 
