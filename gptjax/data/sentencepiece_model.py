@@ -124,11 +124,20 @@ def _normalizers(model: SentencePieceModel, lower_case: bool) -> Iterator[normal
   if model.charsmap:
     yield normalizers.Precompiled(model.charsmap)
   if model.remove_extra_whitespaces:
-    yield normalizers.Replace(Regex("^ +| +$"), "")
+    yield normalizers.Replace(Regex(r"\A +| +\z"), "")
     yield normalizers.Replace(Regex(" {2,}"), " ")
+  normal = _normal_pieces(model)
+  for text, _, kind in model.pieces:
+    # Of only unknown letters: one of them gives the one unknown token that all of them give.
+    if kind in (_UNKNOWN, _CONTROL) and not model.byte_fallback and not normal & set(text):
+      yield normalizers.Replace(text, text[0])
   yield normalizers.Replace(" ", SPACE)
   if model.add_dummy_prefix:
     yield normalizers.Prepend(SPACE)
+
+
+def _normal_pieces(model: SentencePieceModel) -> set[str]:
+  return {text for text, _, kind in model.pieces if kind in (_NORMAL, _USER_DEFINED)}
 
 
 def _splits(model: SentencePieceModel) -> Iterator[pre_tokenizers.PreTokenizer]:
@@ -145,10 +154,12 @@ def _cuts_in_special_pieces(model: SentencePieceModel) -> Iterator[str]:
   The piece's low score says so already, unless some of its letters are unknown, which scores lower
   still. No normal piece crosses from a known letter to an unknown one, so a cut there is harmless.
   """
-  normal = {text for text, _, kind in model.pieces if kind in (_NORMAL, _USER_DEFINED)}
+  normal = _normal_pieces(model)
   for text, _, kind in model.pieces:
     is_known = [char in normal for char in text]
     cut = next((i for i in range(1, len(text)) if is_known[i - 1] != is_known[i]), None)
+    if not any(is_known) and model.byte_fallback:
+      cut = 1
     if kind in (_UNKNOWN, _CONTROL, _BYTE) and cut:
       yield f"{re.escape(text[:cut])}(?={re.escape(text[cut:])})"
 

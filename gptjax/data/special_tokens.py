@@ -147,14 +147,25 @@ def write_notes(backend: Backend, notes: Mapping[str, str]) -> None:
 
 
 def read_notes(spec: Mapping[str, Any]) -> dict[str, str]:
-  """Returns the notes of a tokenizer.json, parsed."""
+  """Returns the notes of a tokenizer.json, parsed; of roles, those noted last."""
   processor = spec.get("post_processor") or {}
   notes = {}
   for step in processor.get("processors", [processor]):
-    for name, token in (step.get("special_tokens") or {}).items():
-      if name.startswith(_NOTE):
-        notes[name.removeprefix(_NOTE)] = token["tokens"][0]
+    found = {
+      name.removeprefix(_NOTE): token["tokens"][0]
+      for name, token in (step.get("special_tokens") or {}).items()
+      if name.startswith(_NOTE)
+    }
+    if found.keys() & set(ROLES):
+      notes = {name: text for name, text in notes.items() if name not in ROLES}
+    notes |= found
   return notes
+
+
+def known_roles(backend: Backend, spec: Mapping[str, Any]) -> dict[str, str]:
+  """Returns the roles that a tokenizer.json notes, or else those it tells by itself."""
+  noted = {name: text for name, text in read_notes(spec).items() if name in ROLES}
+  return noted or usual_roles(backend)
 
 
 def _unknown_token(backend: Backend) -> str | None:

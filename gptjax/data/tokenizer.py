@@ -35,6 +35,7 @@ from gptjax.data.special_tokens import (
   ROLES,
   add_special,
   check_given,
+  known_roles,
   read_notes,
   special_tokens,
   usual_roles,
@@ -309,8 +310,8 @@ def load_tokenizer(
   mode, path = split_mode(path)
   with _damage_named(path):
     backend, said = read_backend(path, mode, do_lower_case)
-    noted = read_notes(json.loads(backend.to_str()))
-  roles = usual_roles(backend) | said | {r: t for r, t in noted.items() if r in ROLES} | roles
+    known = known_roles(backend, json.loads(backend.to_str()))
+  roles = known | said | roles
   if end_token is not None:
     roles.pop("eos_token", None)
   added = add_special(backend, [*(roles[role] for role in ROLES if role in roles), *others])
@@ -411,11 +412,9 @@ _SPACE_AFTER_WORD = re.compile(r"\S(?=[ \t\n\r\u3000])")
 def _note_roles(backend: Backend, roles: Mapping[str, str]) -> dict:
   """Notes the roles that a tokenizer.json would not tell, and returns it, parsed."""
   spec = json.loads(backend.to_str())
-  told = usual_roles(backend) | read_notes(spec)
-  untold = {role: token for role, token in roles.items() if told.get(role) != token}
-  if not untold:
+  if not roles or roles == known_roles(backend, spec):
     return spec
-  write_notes(backend, untold)
+  write_notes(backend, roles)
   return json.loads(backend.to_str())
 
 
