@@ -17,8 +17,10 @@ import pytest
 from families import ODD_SHAPES, make_batch, make_config, make_params, relative_error
 from safetensors.numpy import load_file
 
+from gptjax.checkpoint import convert
 from gptjax.checkpoint.convert import load_foreign
 from gptjax.checkpoint.export import foreign_tensors, save_hf
+from gptjax.checkpoint.lazy_tensor import TensorSource, whole
 from gptjax.checkpoint.reference import reference_activations
 from gptjax.checkpoint.resolve import resolve_model
 from gptjax.checkpoint.tensors import open_tensors
@@ -208,6 +210,7 @@ def test_unknown_missing_and_misshapen_tensors(tmp_path):
   [
     ("n_layer", 1, "has the layers 1 to 1, and its config says 1 layers"),
     ("n_layer", 3, 'lacks the tensor "h.2'),
+    ("n_layer", 10**9, "has 28 tensors, and its config says 1000000000 layers"),
     ("n_embd", 48, r"shape \[24\], and its config makes it \[48\]"),
     ("n_inner", 100, r"shape \[96, 24\], and its config makes it \[100, 24\]"),
     ("n_positions", 25, r"shape \[24, 24\], and its config makes it \[25, 24\]"),
@@ -256,21 +259,64 @@ def test_straight_onto_devices(tmp_path, family, mode):
   assert parts == ({(2, 16, 32)} if mode == "mesh" else {(2, 32, 128)})
 
 
-def test_parameters_may_be_donated_and_overwritten(tmp_path):
-  """On CPU jax takes our memory without a copy; nothing may write into it behind its back."""
+@pytest.mark.parametrize("mode", [None, "pmap", "mesh"])
+def test_parameters_may_be_donated_and_overwritten(tmp_path, mode):
+  """On CPU jax takes our memory as it is, several devices the same; a step must not mix them."""
   _, params, fields, tensors = make_model("gpt2")
-  _, found = load_foreign(foreign_files.write_folder(tmp_path / "x", fields, tensors))
-  kept = jax.tree.map(lambda leaf: leaf, found)
-  doubled = jax.jit(lambda tree: jax.tree.map(lambda leaf: 2 * leaf, tree), donate_argnums=0)(found)
+  sizes = {"mesh_fsdp": 2} if mode == "mesh" else {}
+  parallel = make_parallel(mode, sharding_rules=SHARDING_RULES, **sizes) if mode else None
+  folder = foreign_files.write_folder(tmp_path / "x", fields, tensors)
+  _, found = load_foreign(folder, parallel=parallel)
+  kept = load_foreign(folder, parallel=parallel)[1] if parallel else found
+
+  def double(tree, batch, *, axis_name):
+    return jax.tree.map(lambda leaf: 2 * leaf, tree), {}
+
+  if parallel is None:
+    doubled = jax.jit(lambda tree: double(tree, None, axis_name=None)[0], donate_argnums=0)(found)
+    del kept
+  else:
+    step = parallel.compile_step(double)
+    batch = parallel.shard_batch(np.zeros((8, 1), np.float32), 1)
+    doubled, _ = step(found, batch)
+    doubled, _ = step(doubled, batch)
+    doubled = jax.tree.map(lambda leaf: leaf / 2, parallel.to_host(doubled))
+    assert_same(parallel.to_host(kept), params)
   assert_same(doubled, jax.tree.map(lambda leaf: 2 * leaf, params))
-  del kept
+
+
+@pytest.mark.parametrize("library", ["nanogpt", "mingpt"])
+def test_karpathys_models(tmp_path, monkeypatch, library):
+  """Named as transformers', transposed, tied in nanoGPT and not in minGPT."""
+  is_nano = library == "nanogpt"
+  config = make_config("gpt2", tie_embeddings=is_nano, vocab_multiple=128)
+  params = without_padding(make_params(config), config)
+  layers = [foreign_files.take(params["decoder"]["layers"], i) for i in range(config.num_layers)]
+  embedding = params["decoder"]["token_embedding"]["embedding"][: config.vocab_size]
+  tensors = foreign_files.gpt2_tensors(config, params["decoder"], layers, embedding, True)
+  head = embedding if is_nano else params["lm_head"]["kernel"][: config.vocab_size]
+  tensors |= {"lm_head.weight": head, "transformer.h.0.attn.bias": np.ones((1, 1, 24, 24), bool)}
+  fields = {"n_layer": 2, "n_head": 3, "n_embd": 24, "vocab_size": 61, "block_size": 24}
+  source = TensorSource(
+    {name: whole(tensor.shape, tensor, "ckpt.pt") for name, tensor in tensors.items()},
+    {"model_args" if is_nano else "config": fields, "iter_num": 5},
+    "ckpt.pt",
+    "torch" if is_nano else "mingpt",
+  )
+  monkeypatch.setattr(convert, "open_tensors", lambda path: source)
+  found_config, found = load_foreign(tmp_path / "ckpt.pt", report=silent)
+  assert_same(found, params)
+  assert found_config.activation == ("gelu" if is_nano else "gelu_tanh")
 
 
 def test_openai_gpt1(tmp_path):
   config = make_config("gpt1", model_dim=128, num_heads=2, vocab_multiple=128)
   params = without_padding(make_params(config), config)
   folder = foreign_files.write_openai(tmp_path / "x", config, params)
-  found_config, found = load_foreign(folder, report=silent)
+  notes = []
+  found_config, found = load_foreign(folder, report=notes.append)
+  assert len(notes) == 1
+  assert "taken as 64" in notes[0]
   assert_same(found, params)
   assert (found_config.family, found_config.num_heads) == ("gpt1", 2)
   assert found_config.context_length == config.context_length
@@ -420,6 +466,7 @@ def test_nano_sort_sorts_everything():
 MEASURE = """
 import sys, threading, time
 import jax
+from gptjax.checkpoint import convert
 from gptjax.checkpoint.convert import load_foreign
 
 def anonymous():

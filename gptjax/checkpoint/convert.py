@@ -76,6 +76,10 @@ def load_foreign(
   found = open_tensors(path)
   config, layout = _describe(Path(path), found, report)
   tensors = _plain_names(found, layout)
+  if config.num_layers > len(tensors):
+    raise CheckpointError(
+      f'"{path}" has {len(tensors)} tensors, and its config says {config.num_layers} layers'
+    )
   sources = find_sources(config, layout)
   _check(tensors, sources, config, str(path), report)
   wanted = None if dtype is None else _DTYPES[dtype]
@@ -87,12 +91,10 @@ def _describe(path: Path, found: Any, report: Report) -> tuple[ModelConfig, Layo
   source = f'"{path}"'
   if found.format == "openai-gpt1":
     return _openai_config(found, source, report), LAYOUTS["openai-gpt"]
-  if found.format == "mingpt":
-    config = make_model_config("mingpt", found.metadata["config"], source, report)
-    return config, LAYOUTS["mingpt"]
-  if "model_args" in found.metadata:
-    config = make_model_config("nanogpt", found.metadata["model_args"], source, report)
-    return config, LAYOUTS["nanogpt"]
+  for kind, key in (("mingpt", "config"), ("nanogpt", "model_args")):
+    fields = found.metadata.get(key)
+    if isinstance(fields, dict) and (found.format == "mingpt") == (kind == "mingpt"):
+      return make_model_config(kind, fields, source, report), LAYOUTS[kind]
   config = read_foreign_config(path if path.is_dir() else path.parent, report)
   return config, LAYOUTS[{"gpt1": "openai-gpt"}.get(config.family, config.family)]
 
@@ -160,8 +162,12 @@ def _from_openai(name: str, tensor: Any) -> tuple[str, Any]:
 
 
 def _openai_config(found: Any, source: str, report: Report) -> ModelConfig:
-  """Reads the sizes off the tensors, which is all there is; heads are 64 wide as published."""
+  """Reads the sizes off the tensors, which is all there is."""
+  if len(found["model/pe"].shape) != 2:
+    raise CheckpointError(f"{source} has embeddings of shape {found['model/pe'].shape}, not [L, D]")
   context_length, model_dim = found["model/pe"].shape
+  if model_dim != 768:
+    report(f"{source} is no published GPT-1 and does not say how wide its heads are; taken as 64")
   fields = {
     "vocab_size": found["model/we"].shape[0],
     "n_positions": context_length,

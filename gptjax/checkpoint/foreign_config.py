@@ -81,6 +81,12 @@ _GPT2_ALIASES = {
   "n_head": "num_attention_heads",
   "n_layer": "num_hidden_layers",
 }
+# Other names that transformers takes for a field.
+_ALIASES = {
+  **dict.fromkeys(("gpt2", "openai-gpt", "gptj"), _GPT2_ALIASES),
+  "gpt_neo": {"num_heads": "num_attention_heads", "num_layers": "num_hidden_layers"},
+  "gpt_neox": {"rotary_emb_base": "rope_theta", "rotary_pct": "partial_rotary_factor"},
+}
 
 
 def read_foreign_config(path: str | os.PathLike, report: Report = print) -> ModelConfig:
@@ -118,7 +124,7 @@ def make_model_config(
       + did_you_mean(model_type, CLASS_PREFIXES)
     )
   _check_code(model_type, fields, source)
-  reader = _Fields(fields, source)
+  reader = _Fields(fields, source, _ALIASES.get(model_type, {}))
   for name, (value, reason) in _REQUIRED.items():
     given = reader.take(name, value, object)
     if given != value and (given or value):
@@ -162,7 +168,7 @@ def read_json(path: Path) -> dict[str, Any]:
     fields = json.loads(path.read_text(encoding="utf-8"))
   except FileNotFoundError:
     raise CheckpointError(f'"{path.parent}" has no {path.name}') from None
-  except (ValueError, OSError) as error:
+  except (ValueError, OSError, RecursionError) as error:
     raise CheckpointError(f'"{path}" cannot be read: {error}') from error
   if not isinstance(fields, dict):
     raise CheckpointError(f'"{path}" is not a JSON object')
@@ -202,14 +208,20 @@ def _check_code(model_type: str, fields: Mapping[str, Any], source: str) -> None
 
 
 def _class_names(fields: Mapping[str, Any]) -> list[str]:
-  return [
-    str(name).removeprefix("Flax").removeprefix("TF") for name in fields.get("architectures") or ()
-  ]
+  names = fields.get("architectures")
+  names = names if isinstance(names, list) else [names] if names else []
+  return [str(name).removeprefix("Flax").removeprefix("TF") for name in names]
 
 
 def lm_class_suffix(model_type: str) -> str:
   """Returns how transformers ends the name of a family's language model."""
   return "LMHeadModel" if model_type in ("gpt2", "openai-gpt") else "ForCausalLM"
+
+
+def _spell(value: Any) -> str:
+  """Writes a value as JSON does, on one short line."""
+  text = json.dumps(value, default=repr)
+  return text if len(text) <= 120 else text[:117] + "..."
 
 
 _ABSENT = object()
@@ -219,14 +231,9 @@ _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 class _Fields:
   """The fields of a config: hands each out, checked, and knows what was never asked for."""
 
-  def __init__(self, fields: Mapping[str, Any], source: str, aliases: Mapping[str, str] = {}):
+  def __init__(self, fields: Mapping[str, Any], source: str, aliases: Mapping[str, str]):
     self._fields, self._source, self._aliases = fields, source, aliases
     self._read = set()
-
-  def renamed(self, aliases: Mapping[str, str]) -> "_Fields":
-    """Lets fields be given by transformers' common names too."""
-    self._aliases = aliases
-    return self
 
   def take(self, name: str, default: Any, kind: type, least: float = -math.inf) -> Any:
     """Returns a field, or its default where it is absent."""
@@ -237,20 +244,25 @@ class _Fields:
       if default is _ABSENT:
         raise CheckpointError(f"{self._source} has no {name}; it must be there")
       return default
-    if any(value != given[0][1] for _, value in given):
+    if any(value != given[0][1] for _, value in given[1:]):
       raise CheckpointError(
         f"{self._source} contradicts itself: "
-        + " and ".join(f"{n} is {json.dumps(value)}" for n, value in given)
+        + " and ".join(f"{n} is {_spell(value)}" for n, value in given)
       )
     used, value = given[0]
     if (value is None and default is None) or kind is object:
       return value
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = is_number and abs(value) < 2**53  # and so not NaN
     fits = {int: is_number and value == int(value), float: is_number}
     if not fits.get(kind, isinstance(value, kind)) or (is_number and value < least):
       more = f", at least {least:g}" if least > -math.inf else ""
       self.refuse(used, value, f"it must be {_KINDS[kind]}{more}")
     return kind(value)
+
+  def within(self, group: Mapping[str, Any]) -> "_Fields":
+    """Returns the fields of a group among the fields."""
+    return _Fields(group, self._source, {})
 
   def has(self, name: str) -> bool:
     """Says whether a field is there."""
@@ -268,7 +280,7 @@ class _Fields:
     return choices[value]
 
   def refuse(self, name: str, value: Any, reason: str) -> None:
-    raise CheckpointError(f"{self._source}: {name} is {json.dumps(value)}; {reason}")
+    raise CheckpointError(f"{self._source}: {name} is {_spell(value)}; {reason}")
 
   def unread(self) -> list[str]:
     """Lists fields that were not asked for and are not known to be harmless."""
@@ -278,7 +290,6 @@ class _Fields:
 
 def _read_gpt2_sizes(fields: _Fields, defaults: tuple[int, ...]) -> dict[str, Any]:
   """Reads what GPT-1, GPT-2 and GPT-J name alike."""
-  fields.renamed(_GPT2_ALIASES)
   vocab_size, context_length, model_dim, num_layers, num_heads = defaults
   std = fields.take("initializer_range", 0.02, float, least=0)
   return {
@@ -354,7 +365,6 @@ def _read_gptj(fields: _Fields) -> dict[str, Any]:
 
 
 def _read_gpt_neo(fields: _Fields) -> dict[str, Any]:
-  fields.renamed({"num_heads": "num_attention_heads", "num_layers": "num_hidden_layers"})
   std = fields.take("initializer_range", 0.02, float, least=0)
   num_layers = fields.size("num_layers", 24)
   return {
@@ -385,16 +395,21 @@ def _read_attention_layers(fields: _Fields, num_layers: int) -> list[str]:
   types = fields.take("attention_types", [[["global", "local"], 12]], list)
   layers = fields.take("attention_layers", None, list)
   try:
-    expanded = [kind for kinds, repeats in types for _ in range(repeats) for kind in kinds]
+    is_long = sum(len(kinds) * repeats for kinds, repeats in types) > num_layers
+    written_out = [] if is_long else [k for kinds, repeats in types for k in kinds * repeats]
   except (TypeError, ValueError):
     fields.refuse("attention_types", types, 'it must be like [[["global", "local"], 12]]')
-  if layers is not None and layers != expanded and fields.has("attention_types"):
-    fields.refuse("attention_layers", layers, f"attention_types says {json.dumps(expanded)}")
-  name, layers = ("attention_types", expanded) if layers is None else ("attention_layers", layers)
+  name, given = "attention_types", types
+  if layers is None:
+    layers = written_out
+  elif fields.has("attention_types") and layers != written_out:
+    fields.refuse("attention_layers", layers, f"attention_types is {_spell(types)}")
+  else:
+    name, given = "attention_layers", layers
   if len(layers) != num_layers:
-    fields.refuse(name, layers, f"it must have num_layers, {num_layers}, entries")
+    fields.refuse(name, given, f"it must be for {num_layers} layers")
   if not {"global", "local"}.issuperset(map(str, layers)):
-    fields.refuse(name, layers, 'supported are "global" and "local"')
+    fields.refuse(name, given, 'supported are "global" and "local"')
   return layers
 
 
@@ -438,26 +453,26 @@ def _read_gpt_neox(fields: _Fields) -> dict[str, Any]:
 
 def _read_rotary(fields: _Fields, head_dim: int) -> dict[str, Any]:
   """Reads transformers 5's rope_parameters and the names that 4 had for the same."""
-  rope = fields.take("rope_parameters", None, dict) or {}
-  rope = fields.take("rope_scaling", None, dict) or rope
+  rope = fields.take("rope_scaling", None, dict) or fields.take("rope_parameters", None, dict) or {}
   kind = rope.get("rope_type", rope.get("type", "default"))
   strange = rope.keys() - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
   if kind != "default" or strange:
     fields.refuse("rope_parameters", rope, 'only rope_type "default" is supported')
-  values = {}
-  for name, key, default in (
-    ("rope_theta", "rotary_emb_base", 10_000.0),
-    ("partial_rotary_factor", "rotary_pct", 0.25),
-  ):
-    old = fields.renamed({key: name}).take(key, None, float, least=0)
-    value = rope.get(name, old)
-    if old is not None and value != old:
-      fields.refuse(key, old, f"rope_parameters says {json.dumps(value)}")
-    values[name] = default if value is None else value
-  rotary_dim = int(head_dim * values["partial_rotary_factor"])
+  base = _read_rotary_field(fields, rope, "rotary_emb_base", "rope_theta", 10_000.0)
+  factor = _read_rotary_field(fields, rope, "rotary_pct", "partial_rotary_factor", 0.25)
+  rotary_dim = int(head_dim * factor)
   if rotary_dim < 2:
-    fields.refuse("rotary_pct", values["partial_rotary_factor"], "it rotates no pair of entries")
-  return {"rotary_dim": rotary_dim, "rotary_base": float(values["rope_theta"])}
+    fields.refuse("rotary_pct", factor, "it rotates no pair of entries")
+  return {"rotary_dim": rotary_dim, "rotary_base": base}
+
+
+def _read_rotary_field(fields: _Fields, rope: dict, old: str, new: str, default: float) -> float:
+  outer = fields.take(old, None, float, least=1e-6)
+  inner = fields.within(rope).take(new, None, float, least=1e-6)
+  if None not in (outer, inner) and outer != inner:
+    fields.refuse(old, outer, f"rope_parameters says {_spell(inner)}")
+  given = [value for value in (inner, outer) if value is not None]
+  return given[0] if given else default
 
 
 def _read_nanogpt(fields: _Fields) -> dict[str, Any]:
