@@ -2,13 +2,16 @@
 
 import itertools
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gptjax.data.tokenizer import cut_text, load_tokenizer, make_char_tokenizer, train_bpe
-from gptjax.errors import DataError
+from gptjax.errors import ConfigError, DataError, UnknownTokenizerError
 
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data")
 TEXT = "The quick brown fox, isn't it?\n\n  the lazy dog's 42 bones.\r\n" * 20
 MANY = "日本語の文章。\n한국어 문장\t中文句子,é 😀👩‍👩‍👧 \u3000\u00a0x\x1c y  \n\n <|endoftext|>"
 
@@ -141,3 +144,151 @@ def test_byte_spans_cover_the_text(bpe):
   assert spans[0, 0] == 0
   assert spans[-1, 1] == len(text.encode())
   np.testing.assert_array_equal(make_char_tokenizer([text]).byte_spans("é日"), [[0, 2], [2, 5]])
+
+
+def test_special_tokens_by_role_are_found_or_added(gpt2_folder, tmp_path):
+  plain = load_tokenizer(gpt2_folder)
+  assert (plain.bos_id, plain.unk_id, plain.pad_id) == (plain.end_id, plain.end_id, None)
+  tokenizer = load_tokenizer(
+    gpt2_folder,
+    bos_token="[BOS]",
+    pad_token="[PAD]",
+    unk_token="<|endoftext|>",
+    additional_special_tokens=["<u>"],
+  )
+  size = plain.vocab_size
+  assert tokenizer.added_tokens == {"[BOS]": size, "[PAD]": size + 1, "<u>": size + 2}
+  assert [tokenizer.bos_id, tokenizer.pad_id, tokenizer.end_id] == [size, size + 1, plain.end_id]
+  assert tokenizer.encode("a b") == plain.encode("a b")
+  tokenizer.save(tmp_path / "saved.json")
+  saved = load_tokenizer(tmp_path / "saved.json")
+  assert (saved.roles, saved.fingerprint) == (tokenizer.roles, tokenizer.fingerprint)
+  assert saved.added_tokens == {}
+
+
+def test_misspelt_and_contradicting_special_tokens_are_refused(gpt2_folder):
+  with pytest.raises(ConfigError, match='did you mean "pad_token"'):
+    load_tokenizer(gpt2_folder, pad_toekn="[PAD]")
+  with pytest.raises(ConfigError, match="must be a list"):
+    load_tokenizer(gpt2_folder, additional_special_tokens="<u>")
+  with pytest.raises(ConfigError, match="one thing"):
+    load_tokenizer(gpt2_folder, "<|endoftext|>", eos_token="</s>")
+  with pytest.raises(ConfigError, match="do_lower_case"):
+    load_tokenizer(gpt2_folder, do_lower_case=True)
+
+
+def test_text_is_parsed_for_special_tokens_only_when_asked(gpt2_folder, bpe):
+  text = "ab<|endoftext|>[PAD]c"
+  tokenizer = load_tokenizer(gpt2_folder, pad_token="[PAD]")
+  ids = tokenizer.encode(text, parse_special_tokens=True)
+  middle = [tokenizer.end_id, tokenizer.pad_id]
+  assert ids == [*tokenizer.encode("ab"), *middle, *tokenizer.encode("c")]
+  assert not set(middle) & set(tokenizer.encode(text))
+  char = make_char_tokenizer(["abc"], "<|endoftext|>")
+  assert char.encode("a<|endoftext|>b", parse_special_tokens=True) == [0, 3, 1]
+
+
+def test_what_the_files_of_a_folder_say_is_honoured(gpt2_folder, bpe):
+  size = load_tokenizer(gpt2_folder).vocab_size
+  (gpt2_folder / "added_tokens.json").write_text(json.dumps({"<y>": size + 1, "<x>": size}))
+  (gpt2_folder / "special_tokens_map.json").write_text('{"eos_token": "a", "pad_token": "<x>"}')
+  config = {"eos_token": {"content": "<y>"}, "cls_token": "<c>"}
+  (gpt2_folder / "tokenizer_config.json").write_text(json.dumps(config))
+  tokenizer = load_tokenizer(gpt2_folder)
+  assert (tokenizer.pad_id, tokenizer.end_id) == (size, size + 1)
+  assert tokenizer.added_tokens == {"<c>": size + 2}
+  (gpt2_folder / "added_tokens.json").write_text(json.dumps({"<x>": size + 7}))
+  with pytest.raises(DataError, match=f"the id {size + 7}"):
+    load_tokenizer(gpt2_folder)
+  (gpt2_folder / "added_tokens.json").write_text("[1]")
+  with pytest.raises(DataError, match="must be a JSON object"):
+    load_tokenizer(gpt2_folder)
+
+
+def test_what_a_post_processor_adds_is_added_when_asked(bpe, tmp_path):
+  spec = json.loads(bpe.backend.to_str())
+  end = {"id": "<|endoftext|>", "ids": [bpe.end_id], "tokens": ["<|endoftext|>"]}
+  first, text = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"id": "A", "type_id": 0}
+  spec["post_processor"] = {
+    "type": "TemplateProcessing",
+    "single": [first, {"Sequence": text}],
+    "pair": [{"Sequence": text}, {"Sequence": text | {"id": "B"}}],
+    "special_tokens": {"<|endoftext|>": end},
+  }
+  (tmp_path / "tokenizer.json").write_text(json.dumps(spec))
+  tokenizer = load_tokenizer(tmp_path)
+  ids = bpe.encode("the dog")
+  assert tokenizer.encode("the dog") == ids
+  assert tokenizer.encode("the dog", add_special_tokens=True) == [bpe.end_id, *ids]
+
+
+def test_no_tokenizer_of_a_known_kind(tmp_path):
+  (tmp_path / "vocab.txt").write_text("[UNK]\nthe\n")
+  with pytest.raises(UnknownTokenizerError, match="that gptjax knows"):
+    load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+def test_a_stream_never_gives_half_a_character(bpe, cut):
+  ids = bpe.encode("x 日本 😀 the")
+  ids = ids[: len(ids) - len(bpe.encode(" the")) - cut] if cut else ids
+  stream = bpe.decode_stream()
+  pieces = [stream.step(index) for index in ids]
+  assert not any("\ufffd" in piece for piece in pieces)
+  end = stream.finish()
+  assert "".join(pieces) + end == bpe.decode(ids)
+  assert ("\ufffd" in end) == (cut > 0)
+
+
+def _texts():
+  texts = [
+    "",
+    " ",
+    "  a\n\n\t x \r\n",
+    "😀👩‍👩‍👧 e\u0301\u3000\xa0",
+    "<|extratoken_3|>x[PAD]",
+    "don't I'LL",
+  ]
+  for name in ("ja/miyazawa", "zh/xiyouji", "ko/reviews", "en/tinystories_sample"):
+    texts += (SHARED / f"corpora/{name}.txt").read_text(encoding="utf-8").split("\n")[:300]
+  return [*texts, "\n".join(texts)]
+
+
+@pytest.mark.hf
+@needs_shared
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("given", [{}, {"bos_token": "[BOS]", "pad_token": "[PAD]"}])
+@pytest.mark.parametrize("files", ["tokenizer.json", "merges.txt"])
+def test_gptj_is_transformers(tmp_path, files, given):
+  from transformers import AutoTokenizer
+
+  for file in (SHARED / "tokenizers/gptj").iterdir():
+    if files == "tokenizer.json" or file.name != "tokenizer.json":
+      (tmp_path / file.name).write_bytes(file.read_bytes())
+  theirs, ours = AutoTokenizer.from_pretrained(tmp_path, **given), load_tokenizer(tmp_path, **given)
+  texts = _texts()
+  expected = [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]
+  assert [ours.encode(text, parse_special_tokens=True) for text in texts] == expected
+  assert ours.encode_batch(texts[6:]) == expected[6:]
+  assert [ours.decode(ids) for ids in expected] == theirs.batch_decode(expected)
+  named = [theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id, theirs.pad_token_id]
+  assert [ours.bos_id, ours.end_id, ours.unk_id, ours.pad_id] == named
+  # The same tokenizer without parsing differs, so the comparison can fail.
+  assert [ours.encode(text) for text in ["[PAD]", "<|endoftext|>"]] != [
+    theirs(text)["input_ids"] for text in ["[PAD]", "<|endoftext|>"]
+  ]
+
+
+@pytest.mark.hf
+@needs_shared
+@pytest.mark.filterwarnings("ignore")
+def test_gpt2_is_transformers():
+  from transformers import GPT2Tokenizer
+
+  folder = SHARED / "tokenizers/gpt2"
+  theirs = GPT2Tokenizer(str(folder / "encoder.json"), str(folder / "vocab.bpe"))
+  ours, texts = load_tokenizer(folder), _texts()
+  expected = [theirs(text)["input_ids"] for text in texts]
+  assert ours.encode_batch(texts) == expected
+  assert [text for text, ids in zip(texts, expected, strict=True) if ours.decode(ids) != text] == []
+  assert ours.encode_batch(texts[::-1]) != expected
