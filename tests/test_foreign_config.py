@@ -179,6 +179,8 @@ def test_activations(model_type, theirs, ours):
       "rotary_emb_base is 5.0; rope_parameters says 6",
     ),
     ("gpt_neox", {"rotary_pct": 0.0}, "rotary_pct is 0.0; it must be"),
+    ("gpt_neox", {"rope_parameters": 3}, "rope_parameters is 3; it must be an object"),
+    ("gpt_neo", NEO | {"attention_types": "x"}, "it must be a list"),
     ("gpt_neox", {"rotary_pct": 0.01}, "rotary_pct is 0.01; it rotates no pair"),
     ("gpt_neox", {"head_dim": 7}, "head_dim is 7; it can only be 96"),
     ("mingpt", {"n_layer": 3}, "the config has no vocab_size; it must be there"),

@@ -1,20 +1,18 @@
 """Other people's config.json, read into a ModelConfig.
 
 Every field that changes the numbers is honoured or refused by name. Fields that do not are listed
-here; what is in neither list has no effect in transformers either, and is reported.
+in `config_fields`; what is neither has no effect in transformers either, and is reported.
 
 Source of the fields, their defaults and their effect: the configuration and modelling code of
 transformers 5 (and 4, whose names it still reads), nanoGPT and minGPT.
 """
 
-import json
-import math
 import os
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gptjax.checkpoint.config_fields import Fields, read_json, spell
 from gptjax.errors import CheckpointError, ConfigError, did_you_mean
 from gptjax.model.config import ModelConfig
 
@@ -46,18 +44,6 @@ _REQUIRED = {
   "per_layer_config": (None, "layers that differ in more than their window are not supported"),
   "pruned_heads": ({}, "pruned heads are not supported"),
 }
-# Names, ids, heads of other tasks, how to generate, what to return: nothing the logits depend on.
-_HARMLESS = re.compile(
-  r"_.*|.*_token_ids?|summary_.*|output_.*|num_beam.*|.*return.*|classifier_dropout|id2label"
-  r"|label2id|(num_)?labels|problem_type|architectures|auto_map|model_type|name_or_path"
-  r"|tokenizer_class|transformers_version|task_specific_params|finetuning_task|prefix"
-  r"|(torch_)?dtype|torchscript|use_bfloat16|use_cache|gradient_checkpointing|tf_legacy_loss"
-  r"|attn_implementation|chunk_size_feed_forward|is_decoder|cross_attention_hidden_size"
-  r"|tie_encoder_decoder|keys_to_ignore_at_inference|predict_special_tokens|n_ctx|n_special"
-  r"|do_sample|temperature|top_[kp]|typical_p|early_stopping|diversity_penalty|bad_words_ids"
-  r"|(max|min)_length|(length|repetition|exponential_decay_length)_penalty|remove_invalid_values"
-  r"|(encoder_)?no_repeat_ngram_size|(begin_)?suppress_tokens"
-)
 CLASS_PREFIXES = {
   "gpt2": "GPT2",
   "openai-gpt": "OpenAIGPT",
@@ -124,7 +110,7 @@ def make_model_config(
       + did_you_mean(model_type, CLASS_PREFIXES)
     )
   _check_code(model_type, fields, source)
-  reader = _Fields(fields, source, _ALIASES.get(model_type, {}))
+  reader = Fields(fields, source, _ALIASES.get(model_type, {}))
   for name, (value, reason) in _REQUIRED.items():
     given = reader.take(name, value, object)
     if given != value and (given or value):
@@ -160,19 +146,6 @@ def read_token_ids(
     if found[name] != ids:
       report(f'"{path}": {key} is {given}, out of the vocabulary of {vocab_size}; ignored')
   return found
-
-
-def read_json(path: Path) -> dict[str, Any]:
-  """Reads a JSON object. Raises CheckpointError if it is missing or none."""
-  try:
-    fields = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    raise CheckpointError(f'"{path.parent}" has no {path.name}') from None
-  except (ValueError, OSError, RecursionError) as error:
-    raise CheckpointError(f'"{path}" cannot be read: {error}') from error
-  if not isinstance(fields, dict):
-    raise CheckpointError(f'"{path}" is not a JSON object')
-  return fields
 
 
 def _model_type(fields: Mapping[str, Any], source: str) -> str:
@@ -218,77 +191,7 @@ def lm_class_suffix(model_type: str) -> str:
   return "LMHeadModel" if model_type in ("gpt2", "openai-gpt") else "ForCausalLM"
 
 
-def _spell(value: Any) -> str:
-  """Writes a value as JSON does, on one short line."""
-  text = json.dumps(value, default=repr)
-  return text if len(text) <= 120 else text[:117] + "..."
-
-
-_ABSENT = object()
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-
-
-class _Fields:
-  """The fields of a config: hands each out, checked, and knows what was never asked for."""
-
-  def __init__(self, fields: Mapping[str, Any], source: str, aliases: Mapping[str, str]):
-    self._fields, self._source, self._aliases = fields, source, aliases
-    self._read = set()
-
-  def take(self, name: str, default: Any, kind: type, least: float = -math.inf) -> Any:
-    """Returns a field, or its default where it is absent."""
-    names = [n for n in (name, self._aliases.get(name)) if n]
-    self._read.update(names)
-    given = [(n, self._fields[n]) for n in names if n in self._fields]
-    if not given:
-      if default is _ABSENT:
-        raise CheckpointError(f"{self._source} has no {name}; it must be there")
-      return default
-    if any(value != given[0][1] for _, value in given[1:]):
-      raise CheckpointError(
-        f"{self._source} contradicts itself: "
-        + " and ".join(f"{n} is {_spell(value)}" for n, value in given)
-      )
-    used, value = given[0]
-    if (value is None and default is None) or kind is object:
-      return value
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    is_number = is_number and abs(value) < 2**53  # and so not NaN
-    fits = {int: is_number and value == int(value), float: is_number}
-    if not fits.get(kind, isinstance(value, kind)) or (is_number and value < least):
-      more = f", at least {least:g}" if least > -math.inf else ""
-      self.refuse(used, value, f"it must be {_KINDS[kind]}{more}")
-    return kind(value)
-
-  def within(self, group: Mapping[str, Any]) -> "_Fields":
-    """Returns the fields of a group among the fields."""
-    return _Fields(group, self._source, {})
-
-  def has(self, name: str) -> bool:
-    """Says whether a field is there."""
-    return name in self._fields
-
-  def size(self, name: str, default: Any = _ABSENT) -> int:
-    """Returns a whole number of at least 1."""
-    return self.take(name, default, int, least=1)
-
-  def choose(self, name: str, default: str, choices: Mapping[str, Any]) -> Any:
-    """Returns what a text stands for."""
-    value = self.take(name, default, str)
-    if value not in choices:
-      self.refuse(name, value, f"supported are {', '.join(choices)}")
-    return choices[value]
-
-  def refuse(self, name: str, value: Any, reason: str) -> None:
-    raise CheckpointError(f"{self._source}: {name} is {_spell(value)}; {reason}")
-
-  def unread(self) -> list[str]:
-    """Lists fields that were not asked for and are not known to be harmless."""
-    strange = self._fields.keys() - self._read
-    return sorted(name for name in strange if not _HARMLESS.fullmatch(name))
-
-
-def _read_gpt2_sizes(fields: _Fields, defaults: tuple[int, ...]) -> dict[str, Any]:
+def _read_gpt2_sizes(fields: Fields, defaults: tuple[int, ...]) -> dict[str, Any]:
   """Reads what GPT-1, GPT-2 and GPT-J name alike."""
   vocab_size, context_length, model_dim, num_layers, num_heads = defaults
   std = fields.take("initializer_range", 0.02, float, least=0)
@@ -304,7 +207,7 @@ def _read_gpt2_sizes(fields: _Fields, defaults: tuple[int, ...]) -> dict[str, An
   }
 
 
-def _read_gpt2_dropout(fields: _Fields, default: float) -> dict[str, Any]:
+def _read_gpt2_dropout(fields: Fields, default: float) -> dict[str, Any]:
   return {
     "embedding_dropout": fields.take("embd_pdrop", default, float),
     "attention_dropout": fields.take("attn_pdrop", default, float),
@@ -312,7 +215,7 @@ def _read_gpt2_dropout(fields: _Fields, default: float) -> dict[str, Any]:
   }
 
 
-def _read_gpt2(fields: _Fields) -> dict[str, Any]:
+def _read_gpt2(fields: Fields) -> dict[str, Any]:
   # Honoured by being so: scores and softmax are float32 whatever the compute dtype.
   fields.take("reorder_and_upcast_attn", False, bool)
   return (
@@ -333,7 +236,7 @@ def _attention_scale(is_scaled: bool) -> str:
   return "sqrt_head_dim" if is_scaled else "one"
 
 
-def _read_gpt1(fields: _Fields) -> dict[str, Any]:
+def _read_gpt1(fields: Fields) -> dict[str, Any]:
   return (
     {"family": "gpt1", "norm_position": "post", "final_norm": False, "residual_init_scale": False}
     | _read_gpt2_sizes(fields, (40478, 512, 768, 12, 12))
@@ -345,7 +248,7 @@ def _read_gpt1(fields: _Fields) -> dict[str, Any]:
   )
 
 
-def _read_gptj(fields: _Fields) -> dict[str, Any]:
+def _read_gptj(fields: Fields) -> dict[str, Any]:
   # In their config.json, and without effect in their code.
   fields.take("scale_attn_weights", True, bool)
   if fields.take("tie_word_embeddings", False, bool):
@@ -364,7 +267,7 @@ def _read_gptj(fields: _Fields) -> dict[str, Any]:
   )
 
 
-def _read_gpt_neo(fields: _Fields) -> dict[str, Any]:
+def _read_gpt_neo(fields: Fields) -> dict[str, Any]:
   std = fields.take("initializer_range", 0.02, float, least=0)
   num_layers = fields.size("num_layers", 24)
   return {
@@ -390,7 +293,7 @@ def _read_gpt_neo(fields: _Fields) -> dict[str, Any]:
   }
 
 
-def _read_attention_layers(fields: _Fields, num_layers: int) -> list[str]:
+def _read_attention_layers(fields: Fields, num_layers: int) -> list[str]:
   """Returns the kind of each layer: attention_layers, or attention_types written out."""
   types = fields.take("attention_types", [[["global", "local"], 12]], list)
   layers = fields.take("attention_layers", None, list)
@@ -403,7 +306,7 @@ def _read_attention_layers(fields: _Fields, num_layers: int) -> list[str]:
   if layers is None:
     layers = written_out
   elif fields.has("attention_types") and layers != written_out:
-    fields.refuse("attention_layers", layers, f"attention_types is {_spell(types)}")
+    fields.refuse("attention_layers", layers, f"attention_types is {spell(types)}")
   else:
     name, given = "attention_layers", layers
   if len(layers) != num_layers:
@@ -420,7 +323,7 @@ def _period(kinds: list[str]) -> tuple[str, ...]:
   return tuple(next(kinds[:n] for n in divisors if kinds[:n] * (count // n) == kinds))
 
 
-def _read_gpt_neox(fields: _Fields) -> dict[str, Any]:
+def _read_gpt_neox(fields: Fields) -> dict[str, Any]:
   model_dim = fields.size("hidden_size", 6144)
   num_heads = fields.size("num_attention_heads", 64)
   has_bias = fields.take("attention_bias", True, bool)
@@ -451,7 +354,7 @@ def _read_gpt_neox(fields: _Fields) -> dict[str, Any]:
   } | _read_rotary(fields, head_dim)
 
 
-def _read_rotary(fields: _Fields, head_dim: int) -> dict[str, Any]:
+def _read_rotary(fields: Fields, head_dim: int) -> dict[str, Any]:
   """Reads transformers 5's rope_parameters and the names that 4 had for the same."""
   rope = fields.take("rope_scaling", None, dict) or fields.take("rope_parameters", None, dict) or {}
   kind = rope.get("rope_type", rope.get("type", "default"))
@@ -466,16 +369,16 @@ def _read_rotary(fields: _Fields, head_dim: int) -> dict[str, Any]:
   return {"rotary_dim": rotary_dim, "rotary_base": base}
 
 
-def _read_rotary_field(fields: _Fields, rope: dict, old: str, new: str, default: float) -> float:
+def _read_rotary_field(fields: Fields, rope: dict, old: str, new: str, default: float) -> float:
   outer = fields.take(old, None, float, least=1e-6)
   inner = fields.within(rope).take(new, None, float, least=1e-6)
   if None not in (outer, inner) and outer != inner:
-    fields.refuse(old, outer, f"rope_parameters says {_spell(inner)}")
+    fields.refuse(old, outer, f"rope_parameters says {spell(inner)}")
   given = [value for value in (inner, outer) if value is not None]
   return given[0] if given else default
 
 
-def _read_nanogpt(fields: _Fields) -> dict[str, Any]:
+def _read_nanogpt(fields: Fields) -> dict[str, Any]:
   has_bias = fields.take("bias", True, bool)
   dropout = fields.take("dropout", 0.0, float)
   return {
@@ -492,7 +395,7 @@ def _read_nanogpt(fields: _Fields) -> dict[str, Any]:
   }
 
 
-def _read_mingpt(fields: _Fields) -> dict[str, Any]:
+def _read_mingpt(fields: Fields) -> dict[str, Any]:
   fields.take("B", None, int)  # rows of the recorded batch
   return {
     "family": "gpt2",
