@@ -250,7 +250,7 @@ def _texts():
     "don't I'LL",
   ]
   for name in ("ja/miyazawa", "zh/xiyouji", "ko/reviews", "en/tinystories_sample"):
-    texts += (SHARED / f"corpora/{name}.txt").read_text(encoding="utf-8").split("\n")[:300]
+    texts += (SHARED / f"corpora/{name}.txt").read_text(encoding="utf-8").split("\n")[:200]
   return [*texts, "\n".join(texts)]
 
 
@@ -269,7 +269,7 @@ def test_gptj_is_transformers(tmp_path, files, given):
   texts = _texts()
   expected = [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]
   assert [ours.encode(text, parse_special_tokens=True) for text in texts] == expected
-  assert ours.encode_batch(texts[6:]) == expected[6:]
+  assert ours.encode_batch(texts[6:-1]) == expected[6:-1]
   assert [ours.decode(ids) for ids in expected] == theirs.batch_decode(expected)
   named = [theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id, theirs.pad_token_id]
   assert [ours.bos_id, ours.end_id, ours.unk_id, ours.pad_id] == named
