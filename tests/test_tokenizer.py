@@ -92,6 +92,13 @@ def test_unknown_character_is_named():
     make_char_tokenizer(["abc"]).encode("bcé")
 
 
+def test_half_a_character_is_named(gpt2_folder):
+  tokenizer = load_tokenizer(gpt2_folder)
+  for options in ({}, {"parse_special_tokens": True}):
+    with pytest.raises(DataError, match="half of a character"):
+      tokenizer.encode("a\ud800", **options)
+
+
 def test_gpt2_files(gpt2_folder, bpe):
   tokenizer = load_tokenizer(gpt2_folder)
   assert tokenizer.end_id == tokenizer.vocab_size - 1

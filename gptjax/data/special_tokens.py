@@ -146,9 +146,12 @@ def write_notes(backend: Backend, notes: Mapping[str, str]) -> None:
   backend.post_processor = processors.Sequence([earlier, note]) if earlier else note
 
 
-def read_notes(spec: Mapping[str, Any]) -> dict[str, str]:
-  """Returns the notes of a tokenizer.json, parsed; of roles, those noted last."""
-  processor = spec.get("post_processor") or {}
+def read_notes(backend: Backend) -> dict[str, str]:
+  """Returns the notes in the tokenizer.json of a backend; of roles, those noted last."""
+  if backend.post_processor is None:
+    return {}
+  # Its state is its part of the tokenizer.json.
+  processor = json.loads(backend.post_processor.__getstate__())
   notes = {}
   for step in processor.get("processors", [processor]):
     found = {
@@ -162,9 +165,9 @@ def read_notes(spec: Mapping[str, Any]) -> dict[str, str]:
   return notes
 
 
-def known_roles(backend: Backend, spec: Mapping[str, Any]) -> dict[str, str]:
-  """Returns the roles that a tokenizer.json notes, or else those it tells by itself."""
-  noted = {name: text for name, text in read_notes(spec).items() if name in ROLES}
+def known_roles(backend: Backend) -> dict[str, str]:
+  """Returns the roles that the tokenizer.json of a backend notes, or else tells by itself."""
+  noted = {name: text for name, text in read_notes(backend).items() if name in ROLES}
   return noted or usual_roles(backend)
 
 

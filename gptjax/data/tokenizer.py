@@ -28,7 +28,6 @@ from tokenizers import (
 from tokenizers import (
   Tokenizer as Backend,
 )
-from tokenizers.decoders import DecodeStream
 
 from gptjax.data.gpt1_tokenizer import TEXT_NOTE, WORD_END, paper_words
 from gptjax.data.special_tokens import (
@@ -41,6 +40,7 @@ from gptjax.data.special_tokens import (
   usual_roles,
   write_notes,
 )
+from gptjax.data.text_stream import TextStream
 from gptjax.data.tokenizer_files import byte_level, read_backend, split_mode
 from gptjax.errors import ConfigError, DataError, UserError, did_you_mean
 
@@ -82,7 +82,9 @@ class Tokenizer:
     backend.encode_special_tokens = True
     named = dict(usual_roles(backend) if roles is None else roles) | {"eos_token": end_token}
     self.roles = {role: token for role, token in named.items() if token is not None}
-    self._spec = _note_roles(backend, self.roles)
+    if self.roles and self.roles != known_roles(backend):
+      write_notes(backend, self.roles)
+    self._spec = json.loads(backend.to_str())
     self.backend = backend
     self.added_tokens = dict(added_tokens or {})
     self.end_token = end_token
@@ -92,7 +94,7 @@ class Tokenizer:
     )
     self.vocab_size: int = max(vocab.values()) + 1
     self._is_char = _is_character_spec(self._spec)
-    self._takes_words = read_notes(self._spec).get(TEXT_NOTE) == "gpt1-paper"
+    self._takes_words = read_notes(backend).get(TEXT_NOTE) == "gpt1-paper"
     self.cuts = self._find_cuts()
 
   @functools.cached_property
@@ -120,7 +122,8 @@ class Tokenizer:
       ]
       return list(itertools.chain(*ids))
     backend = self._parsing_backend if parse_special_tokens else self.backend
-    return backend.encode(text, add_special_tokens=add_special_tokens).ids
+    with _half_character_named():
+      return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Returns the ids of several texts, on all cores."""
@@ -134,13 +137,11 @@ class Tokenizer:
     """
     if self._is_char:
       return [self._encode_characters(text) for text in texts]
-    try:
+    with _half_character_named():
       inputs = [paper_words(text) for text in texts] if self._takes_words else list(texts)
       encodings = self.backend.encode_batch_fast(
         inputs, is_pretokenized=self._takes_words, add_special_tokens=False
       )
-    except UnicodeEncodeError as error:
-      raise DataError(f"text holds {error.object[error.start]!r}, half of a character") from error
     return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
   def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
@@ -157,9 +158,9 @@ class Tokenizer:
         )
     return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
-  def decode_stream(self, skip_special_tokens: bool = True) -> "TextStream":
+  def decode_stream(self, skip_special_tokens: bool = True) -> TextStream:
     """Starts the decoding of ids one by one into pieces of text."""
-    return TextStream(self, skip_special_tokens)
+    return TextStream(self.backend, skip_special_tokens)
 
   def byte_spans(self, text: str) -> np.ndarray:
     """Returns int64 [tokens, 2]: the UTF-8 bytes of `text` that each token was made from.
@@ -250,32 +251,6 @@ class Tokenizer:
     return "before_space" if is_gpt2 else "nowhere"
 
 
-class TextStream:
-  """Decodes ids one by one, and never gives half a character.
-
-  The pieces joined are `Tokenizer.decode` of all ids. A character that the last id leaves
-  unfinished is shown by `finish` as U+FFFD, as `decode` shows it.
-  """
-
-  def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True):
-    self._tokenizer = tokenizer
-    self._skip = skip_special_tokens
-    self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
-    self._ids: list[int] = []
-    self._num_chars = 0
-
-  def step(self, token: int) -> str:
-    """Returns the text that one more id completes, which may be none."""
-    piece = self._stream.step(self._tokenizer.backend, int(token)) or ""
-    self._ids.append(int(token))
-    self._num_chars += len(piece)
-    return piece
-
-  def finish(self) -> str:
-    """Returns the text that is left when no more ids come."""
-    return self._tokenizer.decode(self._ids, self._skip)[self._num_chars :]
-
-
 def load_tokenizer(
   path: str | Path,
   end_token: str | None = None,
@@ -310,8 +285,7 @@ def load_tokenizer(
   mode, path = split_mode(path)
   with _damage_named(path):
     backend, said = read_backend(path, mode, do_lower_case)
-    known = known_roles(backend, json.loads(backend.to_str()))
-  roles = known | said | roles
+  roles = known_roles(backend) | said | roles
   if end_token is not None:
     roles.pop("eos_token", None)
   added = add_special(backend, [*(roles[role] for role in ROLES if role in roles), *others])
@@ -409,15 +383,6 @@ def find_cut(text: str, position: int, cuts: str) -> int | None:
 _SPACE_AFTER_WORD = re.compile(r"\S(?=[ \t\n\r\u3000])")
 
 
-def _note_roles(backend: Backend, roles: Mapping[str, str]) -> dict:
-  """Notes the roles that a tokenizer.json would not tell, and returns it, parsed."""
-  spec = json.loads(backend.to_str())
-  if not roles or roles == known_roles(backend, spec):
-    return spec
-  write_notes(backend, roles)
-  return json.loads(backend.to_str())
-
-
 def _surface(token: str) -> str:
   """The text that a token of SentencePiece or GPT-1 stands for."""
   if re.fullmatch("<0x[0-9A-F]{2}>", token):
@@ -434,6 +399,14 @@ def _is_character_spec(spec: dict) -> bool:
     and pre["pattern"] == {"Regex": _ONE_CHARACTER}
     and all(len(token) == 1 for token in spec["model"]["vocab"])
   )
+
+
+@contextlib.contextmanager
+def _half_character_named() -> Iterator[None]:
+  try:
+    yield
+  except UnicodeEncodeError as error:
+    raise DataError(f"text holds {error.object[error.start]!r}, half of a character") from error
 
 
 @contextlib.contextmanager
