@@ -122,7 +122,7 @@ class Tokenizer:
       ]
       return list(itertools.chain(*ids))
     backend = self._parsing_backend if parse_special_tokens else self.backend
-    with _half_character_named():
+    with _half_characters_named([text]):
       return backend.encode(text, add_special_tokens=add_special_tokens).ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -137,7 +137,7 @@ class Tokenizer:
     """
     if self._is_char:
       return [self._encode_characters(text) for text in texts]
-    with _half_character_named():
+    with _half_characters_named(texts):
       inputs = [paper_words(text) for text in texts] if self._takes_words else list(texts)
       encodings = self.backend.encode_batch_fast(
         inputs, is_pretokenized=self._takes_words, add_special_tokens=False
@@ -402,11 +402,15 @@ def _is_character_spec(spec: dict) -> bool:
 
 
 @contextlib.contextmanager
-def _half_character_named() -> Iterator[None]:
+def _half_characters_named(texts: Sequence[str]) -> Iterator[None]:
   try:
     yield
-  except UnicodeEncodeError as error:
-    raise DataError(f"text holds {error.object[error.start]!r}, half of a character") from error
+  except (UnicodeEncodeError, TypeError) as error:
+    # A batch fails with a TypeError that does not say which text it was.
+    half = next(filter(None, map(re.compile("[\ud800-\udfff]").search, texts)), None)
+    if half is None:
+      raise
+    raise DataError(f"text holds {half.group()!r}, half of a character") from error
 
 
 @contextlib.contextmanager
