@@ -5,7 +5,7 @@ slashes and the like already stand alone there. Peels known prefixes and suffixe
 an exception or nothing is left, then parts what remains at its infixes.
 
 One behaviour, whether or not spaCy is installed. Measured 2026-11-22 against spaCy 3.8.18's
-`spacy.blank("en")`: identical words in 19,795 of 19,795 cleaned texts (tinystories, six books,
+`spacy.blank("en")`: identical words in 19,795 of 19,795 cleaned texts (names, six books,
 CoLA, MRPC, STS-B, RTE, CommonsenseQA, RACE, a manual, Korean reviews). The spaCy 2.0 of GPT-1's own
 time had slightly other exceptions. Left out: emoticons that cleaning tears apart.
 
