@@ -53,9 +53,9 @@ def get_config(arg=None):
     config.optimizer.schedule = "linear"
     config.optimizer.end_fraction = 0.0
     config.optimizer.warmup_steps = 10
-    config.train.num_steps = 300
+    config.train.num_steps = 260
     config.train.batch_rows = 32
-    config.eval.every_steps = 300
+    config.eval.every_steps = 260
   if arg.tiny:
     shrink(config)
   return config

@@ -10,12 +10,13 @@ if "jax" in sys.modules:
   raise RuntimeError("jax was imported before tests/conftest.py could set the CPU devices")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"
+# Compiling is most of the tests' time; tests of speed or memory switch this off. In the
+# environment, so that the processes that tests start compute the same bits.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Compiling is most of the tests' time; tests of speed or memory switch this off.
-jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True, scope="session")

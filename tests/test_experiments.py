@@ -47,5 +47,5 @@ def test_it_says_where_it_comes_from_and_how_to_run_it(path):
 
 
 def test_a_leftover_argument_is_refused_with_the_nearest():
-  with pytest.raises(ConfigError, match='"meduim" is unknown|"meduim"; did you mean "medium"'):
+  with pytest.raises(ConfigError, match=r'"meduim" is unknown|"meduim"; did you mean "medium"'):
     load_experiment(f"{EXPERIMENTS / 'gpt2.py'}:meduim")

@@ -133,7 +133,7 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("has_dropout", [False, True])
+@pytest.mark.parametrize("has_dropout", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_scan_unrolled_and_remat_agree(has_dropout):
   """In loss and every gradient, and with dropout too: its draws depend on the layer alone."""
   rates = dict.fromkeys(DROPOUTS, 0.2 * has_dropout)
@@ -169,6 +169,7 @@ def test_each_dropout_acts_with_a_key_alone(rate_name):
   np.testing.assert_array_equal(still, plain)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32():
   config, params = FAMILIES["gptj"], make_params(FAMILIES["gptj"])
   batch = make_batch(make_tokens(config))
@@ -185,7 +186,7 @@ def test_bfloat16_is_near_float32():
   assert_same(gradients, exact_gradients, 0.1)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "gptj"])
 def test_padded_vocabulary_is_never_predicted_and_learns_nothing(family):
   config = make_config(family, vocab_size=61, vocab_multiple=32)
   params, batch = make_params(config), make_batch(make_tokens(config))

@@ -23,14 +23,6 @@ OPTIMIZER = optax.adam(1e-2)
 TOLERANCE = 1e-6
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation():
-  """Compiles in half the time; what XLA splits over devices is the same."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 def init_params(key):
   """A toy language model: embedding, two matrices, tied softmax; cheap to compile."""
 

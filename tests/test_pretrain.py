@@ -112,6 +112,7 @@ def test_a_resumed_run_repeats_the_undisturbed_one_to_the_bit(run, folder, capsy
   assert RunDirectory(copy).read_samples() == run.read_samples()
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(run, folder):
   assert pretrain(folder, folder / "other", "seed=1", "train.num_steps=2") == 0
   assert losses_of(RunDirectory(folder / "other"))[:2] != losses_of(run)[:2]
@@ -171,6 +172,7 @@ def test_a_run_of_another_config_is_left_alone(run, folder, capsys):
   assert run.metrics_path.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_what_changes_no_number_may_change_on_resume(run, folder):
   copy = folder / "eased"
   shutil.copytree(run.path, copy)

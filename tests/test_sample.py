@@ -189,6 +189,7 @@ def test_impossible_prompts_are_refused(prompts, max_new_tokens, complaint):
     sample(params, config, prompts, max_new_tokens=max_new_tokens, key=jax.random.key(0))
 
 
+@pytest.mark.slow
 def test_sampling_goes_on_beyond_the_context():
   config = dataclasses.replace(FAMILIES["gpt2"], context_length=8)
   params = make_params(config)

@@ -97,21 +97,27 @@ def assert_same_losses(losses, reference):
   np.testing.assert_allclose(losses, reference, rtol=1e-6)
 
 
-@pytest.mark.parametrize("accumulation", [2, 8])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("accumulation", [pytest.param(2, marks=slow), 8])
 def test_accumulation_equals_the_big_batch(accumulation, reference_losses):
   assert_same_losses(train(accumulation=accumulation)[0], reference_losses)
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=slow), pytest.param(4, marks=slow), 8])
 def test_pmap_does_not_depend_on_the_number_of_devices(devices, reference_losses):
   assert_same_losses(train(devices=devices)[0], reference_losses)
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 8, 1), (4, 1, 2), (2, 2, 2)])
+@pytest.mark.parametrize(
+  "mesh", [(2, 2, 2), *(pytest.param(m, marks=slow) for m in [(8, 1, 1), (1, 8, 1), (4, 1, 2)])]
+)
 def test_every_mesh_agrees(mesh, reference_losses):
   assert_same_losses(train(devices=8, mode="mesh", mesh=mesh)[0], reference_losses)
 
 
+@slow
 def test_devices_and_accumulation_together(reference_losses):
   assert_same_losses(train(devices=4, accumulation=2)[0], reference_losses)
 
@@ -126,7 +132,7 @@ def test_a_mean_of_means_would_be_noticed(reference_losses):
     assert_same_losses(np.array(halves), reference_losses[:1])
 
 
-@pytest.mark.parametrize("name", ["adamw", "muon"])
+@pytest.mark.parametrize("name", [pytest.param("adamw", marks=slow), "muon"])
 def test_it_learns_a_batch_by_heart(name):
   optimizer = OptimizerConfig(name=name, learning_rate=1e-2, schedule="constant")
   losses, _, _ = train(optimizer=optimizer, batches=make_batches(num_steps=1) * 60)
@@ -155,6 +161,7 @@ def test_without_the_guard_the_parameters_are_lost():
   assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(state.params))
 
 
+@slow
 def test_a_spike_is_skipped():
   batches = make_batches(num_steps=1) * 60
   optimizer = OptimizerConfig(learning_rate=1e-3, schedule="constant")
@@ -216,6 +223,7 @@ def test_dropout_changes_with_the_step_and_not_with_the_run():
   assert plain[0] == plain[1] != losses[0]
 
 
+@slow
 def test_scanned_and_unrolled_layers_drop_the_same(reference_losses):
   model = dataclasses.replace(TINY, residual_dropout=0.3, attention_dropout=0.3)
   unrolled = dataclasses.replace(model, scan_layers=False, remat="full")

@@ -30,13 +30,15 @@ class Event:
 
   Attributes:
     every_steps: 0 is after the last only.
-    run: `run(step, state, line) -> values to add to the line of metrics`.
+    run: `run(step, state) -> values to add to the line of metrics`, or None.
     name: what the display says meanwhile.
+    measures: it runs before the line is written; the others (samples) do not delay it.
   """
 
   every_steps: int
-  run: Callable[[int, TrainState, Line], Mapping[str, Any] | None]
+  run: Callable[[int, TrainState], Mapping[str, Any] | None]
   name: str
+  measures: bool = False
 
   def is_due(self, step: int, num_steps: int) -> bool:
     return step == num_steps or (self.every_steps > 0 and step % self.every_steps == 0)
@@ -151,13 +153,17 @@ class Loop:
     return line
 
   def _run_events(self, due: Sequence[Event], step: int, state: TrainState, line: Line) -> None:
-    if not due:
-      return
     for event in due:
-      self.status(event.name)
-      line.update(event.run(step, state, line) or {})
-    self.write(step, line)
-    self.show(step, line)
+      if event.measures:
+        self.status(event.name)
+        line.update(event.run(step, state))
+    if due:
+      self.write(step, line)
+      self.show(step, line)
+    for event in due:
+      if not event.measures:
+        self.status(event.name)
+        event.run(step, state)
 
 
 class _Clock:

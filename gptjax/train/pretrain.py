@@ -336,13 +336,13 @@ class Pretraining:
     every_steps = self.config.eval.every_steps
     events = []
     if self.prepared.valid_tokens:
-      events.append(Event(every_steps, self._evaluate, "evaluating"))
+      events.append(Event(every_steps, self._evaluate, "evaluating", measures=True))
     if self.config.eval.sample_prompts:
       events.append(Event(every_steps, self._sample, "sampling"))
     return events
 
-  def _evaluate(self, step: int, state: TrainState, line: Line) -> Mapping[str, float]:
-    del step, line
+  def _evaluate(self, step: int, state: TrainState) -> Mapping[str, float]:
+    del step
     config, parallel = self.config, self.parallel
     batches = valid_batches(
       self.prepared,
@@ -361,8 +361,7 @@ class Pretraining:
     bits = bits_per_byte(valid_loss, self.prepared.bytes_per_token)
     return {"valid_loss": valid_loss, "valid_bits_per_byte": bits}
 
-  def _sample(self, step: int, state: TrainState, line: Line) -> None:
-    del line
+  def _sample(self, step: int, state: TrainState) -> None:
     config, tokenizer = self.config.eval, self.prepared.tokenizer
     prompts = [prompt_ids(tokenizer, prompt) for prompt in config.sample_prompts]
     new_tokens = sample_long(
