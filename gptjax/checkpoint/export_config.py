@@ -24,8 +24,8 @@ _MODEL_TYPES = {
   "gpt3": "gpt2",
   "gpt1": "openai-gpt",
   "gptj": "gptj",
-  "gpt_neo": "gpt_neo",
-  "gpt_neox": "gpt_neox",
+  "gptneo": "gpt_neo",
+  "gptneox": "gpt_neox",
 }
 _LEARNED = {
   "norm_position": "pre",
@@ -95,7 +95,7 @@ def find_model_type(config: ModelConfig) -> str:
   Raises:
     CheckpointError: there is none; the field in the way of its own family is named.
   """
-  own = _MODEL_TYPES.get(config.family, "gpt2")
+  own = _MODEL_TYPES.get(config.family.replace("_", ""), "gpt2")
   for model_type in (own, *_MODEL_TYPES.values()):
     if _first_misfit(config, model_type) is None:
       return model_type
