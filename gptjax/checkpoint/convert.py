@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from gptjax.checkpoint.config_fields import spell
 from gptjax.checkpoint.foreign_config import Report, make_model_config, read_foreign_config
 from gptjax.checkpoint.key_tables import (
   BUFFERS,
@@ -136,7 +137,7 @@ def _plain_names(found: Mapping[str, Any], layout: Layout) -> dict[str, Any]:
     plain = plain.removeprefix(layout.prefix)
     plain = layout.renamed.get(plain, plain)
     if plain in tensors:
-      raise CheckpointError(f'"{found.where}" has "{plain}" twice, with and without a prefix')
+      raise CheckpointError(f'"{found.where}" has {spell(plain)} twice, with and without a prefix')
     tensors[plain] = tensor
   return tensors
 
@@ -192,13 +193,14 @@ def _check(
     spare = [name for name in spare if not _is_tied(name, tensors, sources, path)]
   heads = [name for name in spare if TASK_HEADS.match(name)]
   if heads:
-    report(f'"{path}": heads that are not the language model\'s are left out: {", ".join(heads)}')
+    report(f'"{path}": heads that are not the language model\'s are left out: {_list(heads)}')
   unknown = [name for name in spare if name not in heads and not BUFFERS.search(name)]
   if unknown:
     _refuse_unknown(unknown, expected, config, path)
   missing = [name for name in expected if name not in tensors]
   if missing:
-    hint = '; config.json may lack "tie_word_embeddings": true' if is_head(missing[0]) else ""
+    is_untied = is_head(missing[0]) and not config.head_bias
+    hint = '; config.json may lack "tie_word_embeddings": true' if is_untied else ""
     raise CheckpointError(
       f'"{path}" lacks the tensor {_list(missing)}, which its config asks for{hint}'
     )
@@ -251,7 +253,7 @@ def _is_equal(a: Any, b: Any) -> bool:
 
 def _list(names: list[str]) -> str:
   more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-  return ", ".join(f'"{name}"' for name in names[:3]) + more
+  return ", ".join(spell(name) for name in names[:3]) + more
 
 
 def _place(tensors, sources, config: ModelConfig, dtype, parallel: Parallel | None) -> PyTree:

@@ -106,7 +106,7 @@ def make_model_config(
   """
   if model_type not in _READERS:
     raise CheckpointError(
-      f'{source}: model_type is "{model_type}", which is not supported'
+      f"{source}: model_type is {spell(model_type)}, which is not supported"
       + did_you_mean(model_type, CLASS_PREFIXES)
     )
   _check_code(model_type, fields, source)
@@ -121,7 +121,9 @@ def make_model_config(
     raise CheckpointError(f"{source} contradicts itself: {error}") from error
   unread = reader.unread()
   if unread:
-    report(f"{source}: fields that have no effect on this model: {', '.join(unread)}")
+    shown = ", ".join(ascii(name)[1:-1] for name in unread[:10])
+    more = f" and {len(unread) - 10} more" if len(unread) > 10 else ""
+    report(f"{source}: fields that have no effect on this model: {shown}{more}")
   return config
 
 
@@ -144,7 +146,7 @@ def read_token_ids(
     ids = tuple(given) if isinstance(given, list | tuple) else (given,)
     found[name] = tuple(i for i in ids if isinstance(i, int) and 0 <= i < vocab_size)
     if found[name] != ids:
-      report(f'"{path}": {key} is {given}, out of the vocabulary of {vocab_size}; ignored')
+      report(f'"{path}": {key} is {spell(given)}, out of the vocabulary of {vocab_size}; ignored')
   return found
 
 
@@ -168,14 +170,14 @@ def _check_code(model_type: str, fields: Mapping[str, Any], source: str) -> None
   code = fields.get("auto_map")
   if isinstance(code, dict) and any(name.startswith("AutoModel") for name in code):
     raise CheckpointError(
-      f"{source}: auto_map is {code}; a model with code of its own is not supported"
+      f"{source}: auto_map is {spell(code)}; a model with code of its own is not supported"
     )
   if model_type in CLASS_PREFIXES:
     prefix = CLASS_PREFIXES[model_type]
     for name in _class_names(fields):
       if name not in [prefix + suffix for suffix in _CLASS_SUFFIXES]:
         raise CheckpointError(
-          f'{source}: architectures has "{name}", which is no known {model_type};'
+          f"{source}: architectures has {spell(name)}, which is no known {model_type};"
           f" supported are {prefix}{lm_class_suffix(model_type)} and the like"
         )
 
