@@ -15,6 +15,23 @@ Array names end in their shape, one letter a dimension (Shazeer 2024, "Shape Suf
 Scalars and pytrees carry no suffix. Losses are nats per token unless the name says otherwise.
 """
 
+from typing import Any
+
 from gptjax._version import __version__
 
-__all__ = ["__version__"]
+# Found in gptjax.api when first used, so that `import gptjax` does not wait for jax.
+_LAZY = ("Model", "load")
+
+__all__ = ["Model", "__version__", "load"]
+
+
+def __getattr__(name: str) -> Any:
+  if name in _LAZY:
+    from gptjax import api
+
+    return getattr(api, name)
+  raise AttributeError(f"module 'gptjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+  return sorted([*globals(), *_LAZY])

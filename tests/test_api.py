@@ -1,0 +1,241 @@
+"""What `import gptjax` gives: models of every kind load, compute, refuse and save."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import foreign_files
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from families import make_config, make_params, make_tokens, relative_error
+
+import gptjax
+from gptjax import api
+from gptjax.checkpoint.models import save_run
+from gptjax.checkpoint.reference import reference_activations
+from gptjax.checkpoint.run_directory import RunDirectory
+from gptjax.checkpoint.store import CheckpointStore
+from gptjax.data.tokenizer import make_char_tokenizer
+from gptjax.errors import ConfigError, DataError, UserError
+
+TEXT = "the cat sat on the mat."
+# float32 sums against float64's; a wrong formula is off by more than 1e-3.
+TOLERANCE = 1e-5
+
+
+def make_folder(path, family="gpt2", with_tokenizer=True, **changes):
+  """Writes a folder in the Hugging Face layout; returns (path, config, params)."""
+  config = make_config(family, vocab_multiple=128, **changes)
+  params = make_params(config)
+  tensors = foreign_files.tensors_of(config, params)
+  foreign_files.write_folder(path, foreign_files.config_of(config), tensors)
+  if with_tokenizer:
+    make_char_tokenizer([TEXT], "<|endoftext|>").save(path / "tokenizer.json")
+  return path, config, params
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return make_folder(tmp_path_factory.mktemp("hf") / "model")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+  return gptjax.load(folder[0])
+
+
+def test_importing_gptjax_imports_no_jax():
+  code = "import gptjax, sys; print('jax' in sys.modules, 'load' in dir(gptjax))"
+  out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  assert out.stdout.split() == ["False", "True"]
+  with pytest.raises(AttributeError, match="no attribute 'laod'"):
+    gptjax.laod  # noqa: B018
+
+
+@pytest.mark.parametrize("family", ["gpt1", "gptj", "gptneox"])
+def test_logits_and_features_equal_the_reference(tmp_path, family):
+  path, config, params = make_folder(tmp_path / "model", family, with_tokenizer=False)
+  model = gptjax.load(path)
+  tokens = make_tokens(config)
+  expected = reference_activations(params, config, tokens)
+  logits = model(tokens.tolist())
+  assert logits.shape == (*tokens.shape, config.vocab_size) and logits.dtype == jnp.float32
+  assert relative_error(logits, expected["logits"]) < TOLERANCE
+  last = expected.get("final_norm", expected["layers/1/output"])
+  assert relative_error(model.hidden_states(tokens), last) < TOLERANCE
+  states = model.hidden_states(tokens, all_layers=True)
+  for found, wanted in zip(
+    states, [expected["embedding"], expected["layers/0/output"], last], strict=True
+  ):
+    assert relative_error(found, wanted) < TOLERANCE
+
+
+def test_another_weight_gives_other_logits(folder, model):
+  _, config, params = folder
+  tokens = make_tokens(config)
+  params["decoder"]["layers"]["mlp"]["up"]["kernel"][0, 0, 0] += 1
+  expected = reference_activations(params, config, tokens)["logits"]
+  params["decoder"]["layers"]["mlp"]["up"]["kernel"][0, 0, 0] -= 1
+  assert relative_error(model(tokens), expected) > 10 * TOLERANCE
+
+
+def test_a_text_is_one_row(model):
+  ids = model.tokenizer.encode("the cat")
+  np.testing.assert_array_equal(model("the cat"), model(np.array([ids])))
+  assert model.tokenizer.decode(ids) == "the cat"
+
+
+@pytest.mark.parametrize(
+  ("tokens", "message"),
+  [
+    ([[0, 61]], "token id 61 is not in the vocabulary; ids are 0 to 60"),
+    ([[-1]], "token id -1"),
+    ([0, 1], r"shape \[2\]; they must be \[rows, length\]"),
+    ([[]], r"shape \[1, 0\]"),
+    ([[0, 1], [2]], "one length"),
+    ([[0.5]], "float64; they must be integers"),
+    ([[1] * 25], "25 tokens, and the context of the model is 24"),
+    ("the dog", "character 'd'"),
+  ],
+)
+def test_bad_tokens_are_refused_in_one_line(model, tokens, message):
+  with pytest.raises(UserError, match=message) as caught:
+    model(tokens)
+  assert "\n" not in str(caught.value)
+  with pytest.raises(UserError, match=message):
+    model.hidden_states(tokens)
+
+
+def test_the_whole_context_is_accepted_and_compiled_once(model):
+  tokens = make_tokens(model.config, num_rows=1, length=24)
+  assert model(tokens).shape == (1, 24, 61)
+  count = api._logits._cache_size()
+  model(tokens[:, ::-1])
+  assert api._logits._cache_size() == count
+  model(tokens[:, :23])
+  assert api._logits._cache_size() == count + 1
+
+
+def test_without_tokenizer_text_is_refused(tmp_path):
+  path, *_ = make_folder(tmp_path / "model", with_tokenizer=False)
+  model = gptjax.load(path)
+  assert model.tokenizer is None
+  assert model([[1, 2]]).shape == (1, 2, 61)
+  with pytest.raises(UserError, match="no tokenizer; give token ids"):
+    model("text")
+  with pytest.raises(DataError, match="bos_token is given, but the model has no tokenizer"):
+    gptjax.load(path, bos_token="[BOS]")
+
+
+def test_an_unknown_kind_of_tokenizer_is_none(tmp_path):
+  path, *_ = make_folder(tmp_path / "model", with_tokenizer=False)
+  (path / "vocab.txt").write_text("[UNK]\na\n")
+  assert gptjax.load(path).tokenizer is None
+
+
+def test_special_tokens_by_keyword(folder):
+  model = gptjax.load(folder[0], pad_token="[PAD]", eos_token="<|endoftext|>")
+  assert model.tokenizer.pad_id == model.tokenizer.vocab_size - 1
+  with pytest.raises(ConfigError, match='did you mean "pad_token"'):
+    gptjax.load(folder[0], pad_toekn="[PAD]")
+
+
+def test_more_ids_than_the_model_has_are_noted(tmp_path, capsys):
+  path, *_ = make_folder(tmp_path / "model", vocab_size=4)
+  assert gptjax.load(path).tokenizer is not None
+  assert "the model 4; the model refuses the others" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", None])
+def test_dtypes(folder, model, dtype):
+  other = gptjax.load(folder[0], dtype=dtype)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(other.params)} == {dtype or "float32"}
+  tokens = make_tokens(model.config)
+  error = relative_error(other(tokens), model(tokens))
+  # Weights of 8 or 11 bits, over two layers.
+  assert {"bfloat16": 1e-3, "float16": 1e-5, None: -1}[dtype] < error < 0.1
+  assert other(tokens).dtype == jnp.float32
+
+
+def test_unknown_options_are_refused(folder):
+  with pytest.raises(ConfigError, match='dtype is "float23"; did you mean "float32"'):
+    gptjax.load(folder[0], dtype="float23")
+  with pytest.raises(ConfigError, match='axis "tensr"; did you mean "tensor"'):
+    gptjax.load(folder[0], mesh={"tensr": 2})
+  with pytest.raises(UserError, match="no such folder"):
+    gptjax.load(folder[0] / "nothing")
+
+
+@pytest.mark.parametrize("kind", ["sizes", "jax"])
+def test_a_mesh_splits_the_parameters(folder, model, kind):
+  sizes = {"fsdp": 2, "tensor": 2}
+  mesh = sizes if kind == "sizes" else jax.make_mesh((2, 2), ("fsdp", "tensor"))
+  split = gptjax.load(folder[0], mesh=mesh)
+  kernel = split.params["decoder"]["layers"]["mlp"]["up"]["kernel"]
+  assert kernel.addressable_shards[0].data.size * 4 == kernel.size
+  tokens = make_tokens(model.config)
+  assert relative_error(split(tokens), model(tokens)) < TOLERANCE
+
+
+@pytest.mark.parametrize("format", ["hf", "gptjax"])
+def test_a_saved_model_is_the_same_model(tmp_path, model, format):
+  model.save(tmp_path / "saved", format=format)
+  again = gptjax.load(tmp_path / "saved")
+  tokens = make_tokens(model.config)
+  np.testing.assert_array_equal(again(tokens), model(tokens))
+  assert again.tokenizer.fingerprint == model.tokenizer.fingerprint
+  assert again.config == model.config
+  with pytest.raises(UserError, match="is not empty"):
+    model.save(tmp_path / "saved", format=format)
+  with pytest.raises(ConfigError, match='format is "onnx"'):
+    model.save(tmp_path / "other", format="onnx")
+
+
+def test_a_bfloat16_model_is_saved_as_such(tmp_path, folder):
+  gptjax.load(folder[0], dtype="bfloat16").save(tmp_path / "saved", format="gptjax")
+  kept = gptjax.load(tmp_path / "saved", dtype=None)
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(kept.params)} == {"bfloat16"}
+  assert gptjax.load(tmp_path / "saved").params["decoder"]["final_norm"]["scale"].dtype == "float32"
+
+
+def make_run(path, ema_decay):
+  """Writes a run with parameters of 1 and an average of 2."""
+  config = make_config("gpt2")
+  save_run(path, config, make_params(config))
+  run = RunDirectory(path)
+  fields = run.read_config() | {"optimizer": {"ema_decay": ema_decay}}
+  run.config_path.write_text(json.dumps(fields))
+  params = jax.tree.map(jnp.asarray, make_params(config))
+  ones, twos = (jax.tree.map(lambda x, n=n: jnp.full_like(x, n), params) for n in (1, 2))
+  with CheckpointStore(run.checkpoints_path) as store:
+    store.save(3, {"params": ones, "ema": twos if ema_decay else None})
+  return run
+
+
+@pytest.mark.parametrize(("ema_decay", "value"), [(0.0, 1), (0.9, 2)])
+def test_a_run_gives_its_average_where_it_kept_one(tmp_path, ema_decay, value):
+  run = make_run(tmp_path / "run", ema_decay)
+  leaves = jax.tree.leaves(gptjax.load(run.path).params)
+  assert all((np.asarray(leaf) == value).all() for leaf in leaves)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path, ema_decay, capsys):
+  run = make_run(tmp_path / "run", ema_decay)
+  shutil.copytree(run.checkpoints_path / "3", run.checkpoints_path / "5")
+  files = [path for path in Path(run.checkpoints_path / "5" / "state").rglob("*") if path.is_file()]
+  max(files, key=lambda path: path.stat().st_size).write_bytes(b"damaged")
+  gptjax.load(run.path)
+  assert "checkpoint 5 skipped" in capsys.readouterr().err
+  assert (run.checkpoints_path / "5").exists()
+
+
+def test_a_run_on_a_mesh(tmp_path):
+  run = make_run(tmp_path / "run", 0.9)
+  model = gptjax.load(run.path, mesh={"fsdp": 2})
+  kernel = model.params["decoder"]["layers"]["mlp"]["up"]["kernel"]
+  assert kernel.addressable_shards[0].data.size * 2 == kernel.size
