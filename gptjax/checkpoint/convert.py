@@ -82,6 +82,8 @@ def load_foreign(
       f'"{path}" has {len(tensors)} tensors, and its config says {config.num_layers} layers'
     )
   sources = find_sources(config, layout)
+  if config.tie_embeddings:
+    _drop_tied_head(tensors, sources, layout, str(path))
   _check(tensors, sources, config, str(path), report)
   wanted = None if dtype is None else _DTYPES[dtype]
   return config, _place(tensors, sources, config, wanted, parallel)
@@ -189,8 +191,6 @@ def _check(
   """Accounts for every tensor, here and there. Raises CheckpointError for what is left."""
   expected = {source.name: source for layers in sources.values() for source in layers}
   spare = [name for name in tensors if name not in expected]
-  if config.tie_embeddings:
-    spare = [name for name in spare if not _is_tied(name, tensors, sources, path)]
   heads = [name for name in spare if TASK_HEADS.match(name)]
   if heads:
     report(f'"{path}": heads that are not the language model\'s are left out: {_list(heads)}')
@@ -205,15 +205,19 @@ def _check(
       f'"{path}" lacks the tensor {_list(missing)}, which its config asks for{hint}'
     )
   for name, source in expected.items():
-    if tuple(tensors[name].shape) != source.shape:
-      raise CheckpointError(
-        f'"{path}" has "{name}" of shape {list(tensors[name].shape)}, and its config makes it'
-        f" {list(source.shape)}; one of them is of another model"
-      )
-    if tensors[name].dtype not in (*_DTYPES.values(), np.float64):
-      raise CheckpointError(
-        f'"{path}" has "{name}" of dtype {tensors[name].dtype}; only floating point is supported'
-      )
+    _check_tensor(name, tensors[name], source, path)
+
+
+def _check_tensor(name: str, tensor: Any, source: Source, path: str) -> None:
+  if tuple(tensor.shape) != source.shape:
+    raise CheckpointError(
+      f'"{path}" has "{name}" of shape {list(tensor.shape)}, and its config makes it'
+      f" {list(source.shape)}; one of them is of another model"
+    )
+  if tensor.dtype not in (*_DTYPES.values(), np.float64):
+    raise CheckpointError(
+      f'"{path}" has "{name}" of dtype {tensor.dtype}; only floating point is supported'
+    )
 
 
 def _refuse_unknown(unknown: list[str], expected: Any, config: ModelConfig, path: str) -> None:
@@ -229,18 +233,18 @@ def _refuse_unknown(unknown: list[str], expected: Any, config: ModelConfig, path
   )
 
 
-def _is_tied(name: str, tensors: dict[str, Any], sources: Any, path: str) -> bool:
-  """Says whether a tensor is the head of a tied model, and checks that it is the embedding."""
-  if not (is_head(name) and name.endswith(".weight")):
-    return False
-  source = sources["decoder/token_embedding/embedding"][0]
-  embedding, head = tensors.get(source.name), tensors[name]
-  if embedding is not None and not _is_equal(embedding, head):
+def _drop_tied_head(tensors: dict[str, Any], sources: Any, layout: Layout, path: str) -> None:
+  """Takes out the head of a tied model, which is the embedding or, in some files, stands for it."""
+  embedding = sources["decoder/token_embedding/embedding"][0].name
+  head = f"{layout.modules['lm_head']}.weight"
+  if head not in tensors:
+    return
+  if embedding in tensors and not _is_equal(tensors[embedding], tensors[head]):
     raise CheckpointError(
-      f'"{path}" has a "{name}" that differs from "{source.name}", and its config ties them;'
+      f'"{path}" has a "{head}" that differs from "{embedding}", and its config ties them;'
       ' write "tie_word_embeddings": false into config.json if they are meant to differ'
     )
-  return True
+  tensors[embedding] = tensors.pop(head)
 
 
 def _is_equal(a: Any, b: Any) -> bool:
@@ -267,7 +271,10 @@ def _place(tensors, sources, config: ModelConfig, dtype, parallel: Parallel | No
 
   if parallel is None:
     return map_named(lambda name, spec: jax.device_put(read(name, spec.shape, ())), specs)
-  zeros = lambda key: jax.tree.map(lambda spec: jnp.zeros(spec.shape), specs)  # noqa: E731
+
+  def zeros(key):  # for its shapes
+    return jax.tree.map(lambda spec: jnp.zeros(spec.shape), specs)
+
   params = map_named(
     lambda name, leaf: jax.make_array_from_callback(
       leaf.shape, leaf.sharding, lambda index: read(name, leaf.shape, index)
