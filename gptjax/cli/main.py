@@ -13,6 +13,7 @@ from gptjax.config import from_config_dict, load_experiment
 from gptjax.errors import ConfigError, UserError, did_you_mean
 
 CONFIG_PREFIX = "--config."
+_MODEL_HELP = "run directory, Hugging Face folder, other library's file, or hub name"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -97,7 +98,21 @@ def _make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
   data.add_argument("--step", type=int, required=True, help="the update, counted from 1")
   data.add_argument("--row", type=int, default=0, help="row of its batch, counted from 0")
   data.add_argument("--json", action="store_true", help="print one JSON object")
+
+  info = add_verb("info", _info, "Describe a model and what differs from its published recipe.")
+  _add_model(info)
+  info.add_argument("--json", action="store_true", help="print one JSON object")
+
+  convert = add_verb("convert", _convert, "Write a model as a Hugging Face folder or a run.")
+  convert.add_argument("source", help=_MODEL_HELP)
+  convert.add_argument("destination", help="a folder that does not exist or is empty")
+  convert.add_argument("--to", required=True, choices=["hf", "gptjax"], help="the format")
+  convert.add_argument("--dtype", help="float32, bfloat16 or float16; default: as it is")
   return parser, dict(subparsers.choices)
+
+
+def _add_model(verb: argparse.ArgumentParser) -> None:
+  verb.add_argument("model", help=_MODEL_HELP)
 
 
 def _add_config(verb: argparse.ArgumentParser) -> None:
@@ -133,3 +148,15 @@ def _data_show(options: argparse.Namespace) -> None:
   for span in spans:
     print(f"--- {span.path} bytes {span.start_byte}-{span.end_byte} of {span.bytes_of}")
     print(span.text)
+
+
+def _info(options: argparse.Namespace) -> None:
+  from gptjax.cli.info import info
+
+  info(options.model, options.json)
+
+
+def _convert(options: argparse.Namespace) -> None:
+  from gptjax.cli.convert import convert
+
+  convert(options.source, options.destination, options.to, options.dtype)
