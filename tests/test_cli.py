@@ -20,6 +20,7 @@ def test_version_is_quick_and_imports_no_jax():
 @pytest.mark.parametrize(
   "arguments, expected",
   [
+    (["--verison"], 'did you mean "--version"?'),
     (["pretrian"], 'did you mean "pretrain"?'),
     (["pretrain", "--config", "x.py", "--wrkdir", "d"], "--workdir"),
     (["pretrain", "--workdir", "d"], "--config"),

@@ -70,7 +70,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     raise ConfigError(f'unknown verb "{arguments[0]}"{did_you_mean(arguments[0], verbs)}')
   options, unknown = parser.parse_known_args(arguments)
   if unknown:
-    known = list(verbs[options.verb]._option_string_actions)
+    known = verbs.get(options.verb, parser)._option_string_actions
     raise ConfigError(f'unknown argument "{unknown[0]}"{did_you_mean(unknown[0], known)}')
   if "run" not in options:
     parser.print_help(sys.stderr)
@@ -143,7 +143,7 @@ def _data_show(options: argparse.Namespace) -> None:
 
   spans = show_row(config, options.step - 1, options.row)
   if options.json:
-    print(json.dumps([vars(span) for span in spans], ensure_ascii=False))
+    print(json.dumps({"spans": [vars(span) for span in spans]}, ensure_ascii=False))
     return
   for span in spans:
     print(f"--- {span.path} bytes {span.start_byte}-{span.end_byte} of {span.bytes_of}")
