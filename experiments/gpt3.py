@@ -7,7 +7,7 @@ Source: Brown et al. 2020, table 2.1 and appendix B; see gptjax/model/presets.py
   Layers alternate dense and locally banded attention; the width of the band is not published.
 Command: gptjax pretrain --config experiments/gpt3.py:small --workdir gs://BUCKET/gpt3 \\
     --config.train.mode=mesh --config.train.mesh_fsdp=-1 --config.train.mesh_data=1
-  The mix of appendix A is not public: FineWeb takes its place.
+  The mix of appendix A is not public: FineWeb's 350B-token sample takes its place, streamed.
 Hardware, time, metric: not yet run.
 """
 
@@ -35,7 +35,7 @@ def get_config(arg=None):
   check_choice("size", arg.size, RECIPES)
   batch_rows, learning_rate, ramp_tokens = RECIPES[arg.size]
   config = to_config_dict(PretrainConfig(model=preset(f"gpt3-{arg.size}")))
-  config.data.hub = "HuggingFaceFW/fineweb"
+  config.data.hub = "HuggingFaceFW/fineweb:sample-350BT"
   config.data.valid_fraction = 0.0001
   config.data.tokenizer = "bpe"
   config.data.vocab_size = 50_257

@@ -3,10 +3,11 @@
 Source: github.com/karpathy/nanoGPT, config/train_shakespeare_char.py with its README's CPU flags:
   4 layers, 4 heads, width 128, context 64, batch 12, 2,000 steps, no dropout, no biases.
 Command: gptjax pretrain --config experiments/shakespeare_char.py --workdir runs/char \
-    --config.data.hub= --config.data.files='["input.txt"]'
+    --config.data.files='["input.txt"]'
   Without the last line the text comes from the hub, cut into passages (not run here).
   `:fast` is our recipe for the same model; `:tiny` runs in seconds.
 The rows of a batch are drawn without replacement, nanoGPT's with it.
+Hardware, time, metric: measured on two CPU cores; see docs/log.md.
 """
 
 from gptjax.config import parse_arg, shrink, to_config_dict

@@ -22,12 +22,40 @@ from gptjax.errors import ConfigError, did_you_mean
 
 DataclassT = TypeVar("DataclassT")
 
+# Keys of `data` that say which text it is, as data/config.py's defaults have them. They belong
+# together: see apply_overrides.
+CORPUS_DEFAULTS = {
+  "files": (),
+  "token_files": (),
+  "hub": "",
+  "hub_split": "train",
+  "hub_valid_split": "",
+  "text_column": "text",
+  "valid_files": (),
+  "valid_token_files": (),
+  "mixture": {},
+}
+CORPUS_NAMES = ("files", "token_files", "hub", "mixture")
+
 
 def to_config_dict(value: Any) -> ConfigDict:
-  """Converts a (nested) frozen dataclass to an unlocked-type, locked-key ConfigDict."""
+  """Converts a (nested) frozen dataclass to a ConfigDict.
+
+  The groups, which are dataclasses, are locked to their keys; mappings take any key.
+  """
   config = ConfigDict(_to_plain(value), type_safe=False)
   config.lock()
+  _unlock_mappings(value, config)
   return config
+
+
+def _unlock_mappings(value: Any, config: ConfigDict) -> None:
+  for field in dataclasses.fields(value):
+    item = getattr(value, field.name)
+    if dataclasses.is_dataclass(item):
+      _unlock_mappings(item, config[field.name])
+    elif isinstance(item, Mapping):
+      config[field.name].unlock()
 
 
 def to_json(value: Any) -> str:
@@ -123,6 +151,9 @@ def _require(condition: bool, path: str, value: Any, expected: str) -> None:
 def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
   """Sets dotted keys of `config` from command-line text, in place.
 
+  An override that names another text (CORPUS_NAMES) takes the place of all of the experiment's:
+  of CORPUS_DEFAULTS, keys without an override of their own go back to their defaults.
+
   Args:
     config: as an experiment's get_config returned it.
     overrides: {"model.num_layers": "3", "data.files": '["a.txt"]'}; values are Python or JSON
@@ -140,10 +171,21 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
       if depth < len(names) - 1:
         group = group[name]
     value = parse_literal(text, wants_text=isinstance(group[names[-1]], str))
-    if isinstance(group[names[-1]], ConfigDict) and not isinstance(value, dict):
+    old = group[names[-1]]
+    if isinstance(old, ConfigDict) and (old.is_locked or not isinstance(value, dict)):
       raise ConfigError(f'config key "{dotted}" is a group; set one of its keys instead')
-    with group.unlocked():
-      group[names[-1]] = value
+    group[names[-1]] = value
+  named = {key for key in CORPUS_NAMES if f"data.{key}" in overrides and config.data[key]}
+  if named:
+    # In a mixture each corpus has a valid_fraction of its own.
+    defaults = CORPUS_DEFAULTS | ({"valid_fraction": 0.1} if "mixture" in named else {})
+    given = {key.split(".")[1] for key in overrides if key.startswith("data.")}
+    _set_keys(config.data, {key: defaults[key] for key in defaults if key not in given})
+
+
+def _set_keys(group: ConfigDict, values: Mapping[str, Any]) -> None:
+  for key, value in values.items():
+    group[key] = value  # update() would leave a mapping what it had
 
 
 def parse_literal(text: str, wants_text: bool = False) -> Any:
@@ -190,7 +232,10 @@ def load_experiment_module(path: str) -> types.ModuleType:
 
 
 def shrink(config: ConfigDict) -> None:
-  """Makes a recipe of any size run in seconds on a CPU, in place: what `:tiny` means."""
+  """Makes a recipe of any size run in seconds on a CPU, offline, in place: what `:tiny` means.
+
+  The text it names gives way to Shakespeare's works, which `make data` fetches.
+  """
   config.model.update(
     vocab_size=None,
     context_length=32,
@@ -204,7 +249,11 @@ def shrink(config: ConfigDict) -> None:
   config.train.update(num_steps=40, num_tokens=None, num_epochs=None, batch_rows=8, accumulation=1)
   config.train.update(ramp_start_rows=0, ramp_tokens=0, save_every_steps=None)
   config.eval.update(every_steps=20, max_rows=64, sample_tokens=40)
-  config.data.vocab_size = 512
+  config.data.update(tokenizer="bpe", vocab_size=512)
+  if any(config.data[key] for key in CORPUS_NAMES):
+    _set_keys(config.data, CORPUS_DEFAULTS)
+    config.data.files = ("data/shakespeare/train/*.txt",)
+    config.data.valid_files = ("data/shakespeare/valid/*.txt",)
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from gptjax.config import (
+  CORPUS_DEFAULTS,
   apply_overrides,
   from_config_dict,
   from_json,
@@ -15,6 +16,7 @@ from gptjax.config import (
   to_config_dict,
   to_json,
 )
+from gptjax.data.config import DataConfig
 from gptjax.errors import ConfigError
 from gptjax.train.config import PretrainConfig
 
@@ -63,6 +65,8 @@ def test_overrides_take_the_type_of_the_key(dotted, text, value):
     ("model.num_layer", "3", 'did you mean "model.num_layers"?'),
     ("modle.num_layers", "3", "model"),
     ("model", "3", "is a group"),
+    ("model", "{'num_layers': 3}", "is a group"),
+    ("data.mixture", "3", "is a group"),
     ("model.num_layers", "three", "whole number"),
     ("model.num_layers", "1.5", "whole number"),
     ("model.scan_layers", "1", "True or False"),
@@ -76,6 +80,75 @@ def test_what_does_not_fit_is_refused(dotted, text, expected):
     apply_overrides(config, {dotted: text})
     from_config_dict(PretrainConfig, config)
   assert expected in str(error.value)
+
+
+def test_a_mapping_is_overridden_whole_or_by_key():
+  config = to_config_dict(PretrainConfig())
+  config.data.mixture = {"en": {"files": ("a.txt",)}}
+  apply_overrides(config, {"data.mixture.en.files": "['b.txt']", "tags": "{'of': 'me'}"})
+  frozen = from_config_dict(PretrainConfig, config)
+  assert frozen.data.mixture["en"].files == ("b.txt",)
+  assert frozen.tags == {"of": "me"}
+  apply_overrides(config, {"data.mixture": '{"ja": {"hub": "x"}, "de": {"hub": "y"}}'})
+  assert set(config.data.mixture) == {"ja", "de"}
+
+
+def test_the_corpus_keys_have_the_defaults_of_the_dataclass():
+  defaults = to_config_dict(DataConfig()).to_dict()
+  assert {key: defaults[key] for key in CORPUS_DEFAULTS} == CORPUS_DEFAULTS
+  assert defaults["valid_fraction"] == 0.1
+
+
+def make_hub_config():
+  config = to_config_dict(PretrainConfig())
+  config.data.update(hub="a/b", hub_valid_split="test", text_column="Text", end_token="")
+  config.data.valid_fraction = 0.001
+  return config
+
+
+@pytest.mark.parametrize(
+  "overrides, left",
+  [
+    ({"data.files": "['a.txt']"}, {"files": ("a.txt",), "valid_fraction": 0.001}),
+    (
+      {"data.text_column": "body", "data.files": "['a.csv']"},
+      {"files": ("a.csv",), "text_column": "body", "valid_fraction": 0.001},
+    ),
+    ({"data.hub": "c/d"}, {"hub": "c/d", "valid_fraction": 0.001}),
+    ({"data.mixture": "{'en': {'hub': 'c/d'}}"}, {"mixture": {"en": {"hub": "c/d"}}}),
+    # Naming no text takes none away.
+    (
+      {"data.files": "[]", "seed": "1"},
+      {
+        "hub": "a/b",
+        "hub_valid_split": "test",
+        "text_column": "Text",
+        "files": (),
+        "valid_fraction": 0.001,
+      },
+    ),
+  ],
+)
+def test_a_text_of_ones_own_takes_the_place_of_the_whole_corpus(overrides, left):
+  config = make_hub_config()
+  apply_overrides(config, overrides)
+  expected = to_config_dict(DataConfig(end_token="")).to_dict() | left
+  assert config.data.to_dict() == expected
+
+
+def test_a_text_of_ones_own_ends_a_mixture():
+  config = to_config_dict(PretrainConfig())
+  config.data.mixture = {"en": {"hub": "c/d"}}
+  apply_overrides(config, {"data.files": "['a.txt']", "data.valid_files": "['b.txt']"})
+  frozen = from_config_dict(PretrainConfig, config).data
+  assert (frozen.files, frozen.valid_files, frozen.mixture) == (("a.txt",), ("b.txt",), {})
+
+
+def test_options_without_effect_beside_a_mixture_are_refused():
+  mixture = {"en": {"files": ["a.txt"]}}
+  for key, value in (("valid_files", ["b.txt"]), ("valid_fraction", 0.2), ("weight", 2.0)):
+    with pytest.raises(ConfigError, match=f"data.{key} has no effect beside data.mixture"):
+      from_mapping(DataConfig, {"mixture": mixture, key: value}, "data.")
 
 
 def test_an_unknown_key_of_a_file_is_refused():

@@ -24,7 +24,7 @@ SPECS = [
 
 
 def load(spec):
-  return from_config_dict(PretrainConfig, load_experiment(spec))
+  return from_config_dict(PretrainConfig, load_experiment(str(spec)))
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: Path(spec).name)
@@ -38,7 +38,27 @@ def test_it_builds_and_comes_back_from_json(spec):
   assert shapes["decoder"]["token_embedding"]["embedding"].shape[1] == model.model_dim
 
 
-@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.py")), ids=lambda path: path.stem)
+PATHS = sorted(EXPERIMENTS.glob("*.py"))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_tiny_reads_the_text_of_make_data_and_nothing_else(path):
+  data = load(f"{path}:tiny").data
+  shakespeare = load(EXPERIMENTS / "shakespeare.py").data
+  assert (data.files, data.valid_files) == (shakespeare.files, shakespeare.valid_files)
+  assert not (data.hub or data.token_files or data.mixture)
+  assert (data.tokenizer, data.vocab_size) == ("bpe", 512)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_a_text_of_ones_own_needs_one_key(path):
+  config = load_experiment(str(path), {"data.files": "['a.txt']"})
+  data = from_config_dict(PretrainConfig, config).data
+  assert data.files == ("a.txt",)
+  assert not (data.valid_files or data.hub or data.hub_valid_split)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 def test_it_says_where_it_comes_from_and_how_to_run_it(path):
   header = path.read_text().split('"""')[1]
   assert "Source:" in header

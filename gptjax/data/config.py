@@ -74,6 +74,12 @@ class DataConfig(CorpusConfig):
     check_choice("data.rows", self.rows, ("stream", "packed"))
     if self.mixture and not self.is_empty:
       raise ConfigError("data.mixture and data.files/token_files/hub are both set; keep one")
+    corpus_fields = dataclasses.fields(CorpusConfig) if self.mixture else ()
+    stray = [f"data.{f.name}" for f in corpus_fields if getattr(self, f.name) != f.default]
+    if stray:
+      raise ConfigError(
+        f"{', '.join(stray)} has no effect beside data.mixture; set it in the mixture's corpora"
+      )
 
   @property
   def corpora(self) -> Mapping[str, CorpusConfig]:
