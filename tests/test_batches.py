@@ -100,8 +100,13 @@ def test_processes_share_a_batch_in_order(numbers, count):
   whole = source(numbers).batch(9)
   parts = [source(numbers).batch(9, index, count) for index in range(count)]
   assert_equal(jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts), whole)
-  with pytest.raises(ConfigError, match="4 rows does not divide among 3"):
+  with pytest.raises(ConfigError, match=r"4 rows .* among 3 .* make train.batch_rows a multiple"):
     source(numbers).batch(9, 0, 3)
+  with pytest.raises(ConfigError, match=r"4 rows .* among 3 .* make eval.batch_rows a multiple"):
+    next(valid_batches(numbers, LENGTH, 4, process_count=3))
+  ramp = BatchSchedule(4, LENGTH, ramp_start_rows=1, ramp_tokens=10**6)
+  with pytest.raises(ConfigError, match=r"1 rows .* make train.batch_rows and train.accumulation"):
+    BatchSource(numbers, LENGTH, 3, ramp).batch(0, 0, 2)
 
 
 def test_validation_scores_every_target_once(numbers):
@@ -161,6 +166,21 @@ def test_packed_rows_hold_every_target_once_and_never_cross(documents):
       assert end not in tokens
       assert targets[-1] == end or inside.sum() == LENGTH
   assert seen == train.num_tokens - train.num_documents
+
+
+def test_all_packing_plans_are_made_with_the_source(documents, tmp_path):
+  BatchSource(documents, LENGTH, 3, BatchSchedule(4, LENGTH))
+  plans = {folder.name for folder in tmp_path.glob("cache/corpus-*/*-packed-*")}
+  assert {f"train-packed-{LENGTH}", f"valid-packed-{LENGTH}"} <= plans
+
+
+def test_packed_rows_need_no_validation(tmp_path):
+  file = tmp_path / "a.txt"
+  file.write_text("some text to be packed")
+  keys = {"tokenizer": "char", "rows": "packed", "valid_fraction": 0.0}
+  prepared = prepare_data(tmp_path, files=(str(file),), **keys)
+  assert BatchSource(prepared, LENGTH, 3, BatchSchedule(1, LENGTH)).rows_per_epoch == 3
+  assert list(valid_batches(prepared, LENGTH, 1)) == []
 
 
 def test_packed_validation_counts_the_targets_of_bits_per_byte(documents):

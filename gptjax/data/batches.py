@@ -197,6 +197,9 @@ class PackedRows:
 class BatchSource:
   """The training batches of prepared data.
 
+  For packed rows the plans of both splits are made here, if they are not there yet: it may take
+  minutes, which an evaluation in the middle of a run should not.
+
   Args:
     prepared: from `prepare_data`.
     context_length: tokens of a row.
@@ -229,6 +232,9 @@ class BatchSource:
           f'corpus "{name}" has {num_tokens} training tokens; a row of model.context_length'
           f" {context_length} needs {context_length + 1}: use more text or a shorter context"
         )
+    if prepared.rows == "packed":
+      for _, valid in prepared.corpora.values():
+        open_packing_plan(valid, context_length)
     self.rows_per_epoch = sum(rows.num_rows for rows in self._rows)
     weights = [prepared.weights[name] for name in self._names]
     self._order = _row_order([rows.num_rows for rows in self._rows], weights, seed)
@@ -239,7 +245,9 @@ class BatchSource:
     Raises:
       ConfigError: the rows of the batch do not divide among the processes.
     """
-    indices = _share(self.schedule.rows(batch), process_index, process_count)
+    # The batches of a ramp are multiples of the accumulation.
+    keys = "train.batch_rows" + (" and train.accumulation" if self.schedule.ramp_tokens else "")
+    indices = _share(self.schedule.rows(batch), process_index, process_count, keys)
     first = self.schedule.rows_before(batch)
     return _take(self._rows, [self._order[first + index] for index in indices])
 
@@ -283,6 +291,9 @@ def valid_batches(
   Args:
     batch_rows: rows of a batch over all processes.
     max_rows: at most so many rows, evenly spread; 0 is all.
+
+  Raises:
+    ConfigError: batch_rows do not divide among the processes.
   """
   rows = [
     _open_rows(prepared, valid, context_length, None) for _, valid in prepared.corpora.values()
@@ -290,7 +301,7 @@ def valid_batches(
   every = [(corpus, row) for corpus, part in enumerate(rows) for row in range(part.num_rows)]
   if 0 < max_rows < len(every):
     every = [every[i * len(every) // max_rows] for i in range(max_rows)]
-  share = _share(batch_rows, process_index, process_count)
+  share = _share(batch_rows, process_index, process_count, "eval.batch_rows")
   for first in range(0, len(every), batch_rows):
     places = [every[min(first + index, len(every) - 1)] for index in share]
     batch = _take(rows, places)
@@ -376,11 +387,12 @@ def _open_rows(
   return StreamRows(tokens, context_length, seed)
 
 
-def _share(num_rows: int, process_index: int, process_count: int) -> range:
+def _share(num_rows: int, process_index: int, process_count: int, keys: str) -> range:
+  """Returns this process's rows of a batch; `keys` are those to change if they do not divide."""
   if num_rows % process_count:
     raise ConfigError(
       f"a batch of {num_rows} rows does not divide among {process_count} processes;"
-      " make train.batch_rows and eval.batch_rows a multiple of them"
+      f" make {keys} a multiple of {process_count}"
     )
   size = num_rows // process_count
   return range(process_index * size, (process_index + 1) * size)
