@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 
 import pyarrow
 import pyarrow.parquet
@@ -29,6 +30,38 @@ def write_jsonl(path):
   lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS]
   lines.insert(1, "\n")
   path.write_bytes("".join(lines).encode())
+
+
+def test_a_text_without_cuts_must_fit_in_memory(tmp_path, monkeypatch):
+  file = tmp_path / "a.txt"
+  file.write_bytes(b"\xef\xbb\xbf" + TEXTS[1].encode())
+  source = Source("txt", str(file))
+  (document,) = read_documents([source], "nowhere")
+  assert (document.text, document.is_end) == (TEXTS[1], True)
+  assert (document.start_byte, document.end_byte) == (3, file.stat().st_size)
+  monkeypatch.setattr(corpus, "UNCUT_FILE_BYTES", 10)
+  with pytest.raises(DataError, match="jsonl"):
+    list(read_documents([source], "nowhere"))
+  assert len(list(read_documents([source], "anywhere"))) == 1
+
+
+def test_a_long_text_with_few_cuts_is_cut_as_one_in_memory(tmp_path, monkeypatch):
+  monkeypatch.setattr(corpus, "PIECE_CHARS", 16)
+  rng = random.Random(0)
+  file = tmp_path / "a.txt"
+  for rarity in (3, 10, 30, 1000):
+    text = "".join(rng.choice("aé語😀") + " " * (not rng.randrange(rarity)) for _ in range(300))
+    file.write_text(text)
+    pieces = [piece.text for piece in read_documents([Source("txt", str(file))], "before_space")]
+    assert pieces == list(corpus.cut_text(text, 16, "before_space"))
+
+
+@pytest.mark.parametrize("cuts", ["nowhere", "before_space"])
+def test_a_file_that_ends_inside_a_character_is_refused(tmp_path, cuts):
+  file = tmp_path / "a.txt"
+  file.write_bytes("語".encode()[:2])
+  with pytest.raises(DataError, match="not UTF-8 at byte 0"):
+    list(read_documents([Source("txt", str(file))], cuts))
 
 
 def test_txt_is_one_document_with_its_bytes(tmp_path):

@@ -25,6 +25,8 @@ from gptjax.data.tokenizer import cut_text, find_cut
 from gptjax.errors import DataError, did_you_mean
 
 PIECE_CHARS = 1 << 17
+# A tokenizer that allows no cuts gets a text file in one piece, which must fit in memory.
+UNCUT_FILE_BYTES = 2 << 30
 
 # What the byte range of a document counts in, by kind of source.
 BYTES_OF = {
@@ -150,22 +152,37 @@ def _as_pieces(
 
 def _read_txt(path: str, cuts: str) -> Iterator[tuple[str, int, int]]:
   """Reads a text file piece by piece; newlines and all else stay as they are."""
+  if cuts == "nowhere":
+    _check_fits_in_memory(path)
   with open(path, "rb") as file:
     start = read = _skip_byte_order_mark(file)
-    pending, undecoded, searched = "", b"", PIECE_CHARS
+    # `held` is text that was searched and has no cut.
+    held, pending, undecoded, searched = [], "", b"", PIECE_CHARS
     while block := file.read(PIECE_CHARS):
       read += len(block)
       undecoded += block
       text, used = _decode(undecoded, path, read - len(undecoded), final=False)
       pending, undecoded = pending + text, undecoded[used:]
       while (cut := find_cut(pending, searched, cuts)) is not None:
-        end = start + len(pending[:cut].encode())
-        yield pending[:cut], start, end
-        pending, start, searched = pending[cut:], end, PIECE_CHARS
-      searched = max(searched, len(pending))  # a stretch without a cut is searched once
+        piece = "".join([*held, pending[:cut]])
+        end = start + len(piece.encode())
+        yield piece, start, end
+        held, pending, start, searched = [], pending[cut:], end, PIECE_CHARS
+      if len(pending) > PIECE_CHARS:
+        held.append(pending[:-1])
+        pending, searched = pending[-1:], 1
     _decode(undecoded, path, read - len(undecoded), final=True)
-    if pending:
-      yield pending, start, read
+    if rest := "".join([*held, pending]):
+      yield rest, start, read
+
+
+def _check_fits_in_memory(path: str) -> None:
+  num_bytes = os.path.getsize(path)
+  if num_bytes > UNCUT_FILE_BYTES:
+    raise DataError(
+      f'"{path}" has {num_bytes / 1e9:.1f} GB; this tokenizer takes a text file in one piece, up to'
+      f" {UNCUT_FILE_BYTES / 1e9:.1f} GB: write it as jsonl, one document a line"
+    )
 
 
 def _read_jsonl(source: Source) -> Iterator[tuple[str, int, int]]:
