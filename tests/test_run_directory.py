@@ -36,6 +36,7 @@ class FakeTokenizer:
 def run(tmp_path):
   run = RunDirectory(tmp_path / "deep" / "run")
   run.create_or_check(to_json(CONFIG), FakeTokenizer("{}"))
+  (run.checkpoints_path / "1").mkdir(parents=True)
   return run
 
 
@@ -61,6 +62,28 @@ def test_another_config_is_refused_with_keys_and_values(run):
   assert "train.num_steps is 9 there and 10 here; and 2 more" in message
   assert "\n" not in message
   assert run.read_config() == CONFIG
+
+
+def test_a_run_without_a_checkpoint_starts_anew(tmp_path):
+  """It was ended before it saved anything; its lines would come a second time."""
+  run = RunDirectory(tmp_path / "run")
+  run.create_or_check(to_json(CONFIG), FakeTokenizer("{}"), data={"tokens": 1})
+  run.append_metrics({"step": 1, "train_loss": 3.0})
+  run.append_samples(1, "text")
+  other = CONFIG | {"seed": 1}
+  assert run.create_or_check(to_json(other), FakeTokenizer("[]"), data={"tokens": 2})
+  assert run.read_config() == other
+  assert run.tokenizer_path.read_text() == "[]"
+  assert json.loads(run.data_path.read_text()) == {"tokens": 2}
+  assert not run.read_metrics() and not run.read_samples()
+
+
+def test_other_data_are_refused(run):
+  run.create_or_check(to_json(CONFIG), data={"tokens": 1})
+  run.create_or_check(to_json(CONFIG), data={"tokens": 1})
+  with pytest.raises(CheckpointError, match=r"data.json.*this config's data"):
+    run.create_or_check(to_json(CONFIG), data={"tokens": 2})
+  assert json.loads(run.data_path.read_text()) == {"tokens": 1}
 
 
 @pytest.mark.parametrize("changeable", [["train"], ["train.log", "train.num_steps"]])
@@ -111,7 +134,7 @@ def test_a_run_is_told_from_other_folders(run, tmp_path):
 
 
 def test_finished_means_the_last_step_is_saved(run):
-  assert run.latest_step() is None and not run.is_finished(9)
+  assert run.latest_step() == 1 and not run.is_finished(9)
   for name in ("3", "8", "9.damaged", "9.orbax-checkpoint-tmp", "notes"):
     (run.checkpoints_path / name).mkdir(parents=True)
   assert run.latest_step() == 8 and not run.is_finished(9)

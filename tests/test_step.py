@@ -15,7 +15,14 @@ from gptjax.parallel import make_parallel
 from gptjax.train.config import OptimizerConfig
 from gptjax.train.optimizer import hyperparameters
 from gptjax.train.schedule import resolve_durations
-from gptjax.train.step import LanguageModelObjective, init_state, make_eval_step, make_train_step
+from gptjax.train.step import (
+  LanguageModelObjective,
+  describe_not_finite,
+  find_not_finite,
+  init_state,
+  make_eval_step,
+  make_train_step,
+)
 
 TINY = ModelConfig(
   vocab_size=61, context_length=16, num_layers=2, model_dim=16, num_heads=2, vocab_multiple=8
@@ -159,6 +166,32 @@ def test_a_nonfinite_step_is_skipped_and_counted():
 def test_without_the_guard_the_parameters_are_lost():
   _, state, _ = train(batches=poison(make_batches(), 4), skip_nonfinite=False)
   assert any(np.isnan(leaf).any() for leaf in jax.tree.leaves(state.params))
+
+
+def test_the_first_bad_parameter_on_the_way_forward_is_named():
+  """Layer by layer, which is neither the tree's nor the alphabet's order."""
+  model = dataclasses.replace(TINY, num_layers=4)
+  params = init_parameters(model, jax.random.key(0))
+  durations = resolve_durations(OptimizerConfig(), 10, lambda step: step)
+  hyper = hyperparameters(OptimizerConfig(), durations, z_loss=0.0)
+  state = init_state(params, OptimizerConfig(), hyper, jax.random.key(0))
+  batch = jax.tree.map(lambda x: jnp.asarray(x)[None], make_batches()[0])
+  find = jax.jit(
+    functools.partial(find_not_finite, objective=LanguageModelObjective(model), axis_name=None)
+  )
+
+  def describe(state):
+    return describe_not_finite(jax.device_get(find(state, batch)))
+
+  assert describe(state) == "every parameter and every gradient is finite"
+  decoder = params["decoder"]
+  decoder["final_norm"]["scale"] = jnp.full_like(decoder["final_norm"]["scale"], jnp.nan)
+  layers = decoder["layers"]
+  for name, projection, layer in (("attention", "key", 3), ("mlp", "down", 2), ("mlp", "up", 2)):
+    kernel = layers[name][projection]["kernel"]
+    layers[name][projection]["kernel"] = kernel.at[layer, 0, 0].set(jnp.nan)
+  assert describe(state).startswith("4 parameters are not finite")
+  assert describe(state).endswith("decoder/layers/mlp/up/kernel of layer 2")
 
 
 @slow

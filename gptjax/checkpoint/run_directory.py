@@ -30,8 +30,8 @@ class RunDirectory:
 
   Attributes:
     path: the folder.
-    config_path, tokenizer_path, metrics_path, samples_path, report_path, checkpoints_path:
-      what is in it.
+    config_path, tokenizer_path, data_path, metrics_path, samples_path, report_path,
+      checkpoints_path: what is in it.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -39,6 +39,7 @@ class RunDirectory:
     self.path = epath.Path(path).expanduser()
     self.config_path = self.path / "config.json"
     self.tokenizer_path = self.path / "tokenizer.json"
+    self.data_path = self.path / "data.json"
     self.metrics_path = self.path / "metrics.jsonl"
     self.samples_path = self.path / "samples.txt"
     self.report_path = self.path / "report.html"
@@ -47,35 +48,64 @@ class RunDirectory:
     self._samples = _Log(self.samples_path)
 
   def create_or_check(
-    self, config_json: str, tokenizer: Any = None, changeable: Collection[str] = ()
+    self,
+    config_json: str,
+    tokenizer: Any = None,
+    changeable: Collection[str] = (),
+    data: Mapping[str, Any] | None = None,
   ) -> bool:
-    """Starts a run here, or checks that the run that is here has this config.
+    """Starts a run here, or checks that the run that is here is this one.
+
+    A run that was ended before its first checkpoint has learned nothing: it starts anew.
 
     Args:
       config_json: the resolved config, as `gptjax.config.to_json` writes it.
       tokenizer: a gptjax Tokenizer to keep beside it, or None.
       changeable: dotted keys, or groups of them, that may differ from the run that is here
         ("train.log_every_steps", "eval"); config.json then takes the new values.
+      data: JSON values that tell its data from others, to keep in data.json, or None.
 
     Returns:
       Whether a run was here before.
 
     Raises:
-      CheckpointError: the run here has another config or tokenizer, its config.json cannot be
-        read, or the folder cannot be written.
+      CheckpointError: the run here has another config, tokenizer or data, its config.json cannot
+        be read, or the folder cannot be written.
     """
-    exists = self.config_path.exists()
-    if exists:
-      self._check_config(json.loads(config_json), changeable)
-    elif latest_step(self.path) is not None:
+    exists, is_begun = self.config_path.exists(), self.latest_step() is not None
+    if is_begun and not exists:
       raise CheckpointError(
         f'"{self.path}" holds checkpoints but no config.json; choose another --workdir'
       )
-    if not exists or self.config_path.read_text() != config_json:
-      write_whole(self.config_path, config_json)
+    if is_begun:
+      self.check(config_json, tokenizer, changeable, data)
+    else:
+      self.drop_after(0)
+    _replace(self.config_path, config_json)
     if tokenizer is not None:
-      self._keep_tokenizer(tokenizer)
+      _replace(self.tokenizer_path, _tokenizer_text(tokenizer))
+    if data is not None:
+      _replace(self.data_path, json.dumps(data, indent=2) + "\n")
     return exists
+
+  def check(
+    self,
+    config_json: str,
+    tokenizer: Any = None,
+    changeable: Collection[str] = (),
+    data: Mapping[str, Any] | None = None,
+  ) -> None:
+    """Raises CheckpointError unless the run here is this one; see `create_or_check`."""
+    self._check_config(json.loads(config_json), changeable)
+    for path, text, name in (
+      (self.tokenizer_path, tokenizer and _tokenizer_text(tokenizer), "the tokenizer of"),
+      (self.data_path, data and json.dumps(data, indent=2) + "\n", "what was found in"),
+    ):
+      if text is not None and path.exists() and path.read_text() != text:
+        raise CheckpointError(
+          f'"{path}" is not {name} this config\'s data; choose another --workdir, or restore the'
+          " data the run was started on"
+        )
 
   def read_config(self) -> dict[str, Any]:
     """Reads config.json. Raises CheckpointError if it is missing or no JSON object."""
@@ -179,18 +209,6 @@ class RunDirectory:
       raise CheckpointError(
         f'"{self.path}" holds a run of another config: {shown}{more};'
         " choose another --workdir, or the same config to resume"
-      )
-
-  def _keep_tokenizer(self, tokenizer: Any) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-      tokenizer.save(str(Path(folder) / "tokenizer.json"))
-      text = (Path(folder) / "tokenizer.json").read_text(encoding="utf-8")
-    if not self.tokenizer_path.exists():
-      write_whole(self.tokenizer_path, text)
-    elif self.tokenizer_path.read_text() != text:
-      raise CheckpointError(
-        f'"{self.tokenizer_path}" is not the tokenizer of this config\'s data;'
-        " choose another --workdir, or restore the data the run was started on"
       )
 
   def _take_lock(self, descriptor: int) -> None:
@@ -303,6 +321,17 @@ def write_whole(path: epath.Path, text: str) -> None:
       with contextlib.suppress(OSError):
         os.remove(partial)
       raise
+
+
+def _replace(path: epath.Path, text: str) -> None:
+  if not path.exists() or path.read_text() != text:
+    write_whole(path, text)
+
+
+def _tokenizer_text(tokenizer: Any) -> str:
+  with tempfile.TemporaryDirectory() as folder:
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
+    return (Path(folder) / "tokenizer.json").read_text(encoding="utf-8")
 
 
 @contextlib.contextmanager

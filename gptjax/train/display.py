@@ -80,9 +80,9 @@ class ProgressDisplay:
 
     Args:
       step: completed updates.
-      **values: any of train_loss, valid_loss, valid_bits_per_byte, tokens_per_second, mfu, as
-        Python floats; others, None and non-finite values are ignored. A validation loss is shown
-        at once.
+      **values: any of train_loss, valid_loss, valid_bits_per_byte, tokens_per_second, mfu,
+        skipped (updates so far), as Python numbers; others, None and non-finite values
+        are ignored. A validation loss is shown at once.
     """
     now = self._clock()
     self._step, self._status = step, ""
@@ -148,6 +148,7 @@ class ProgressDisplay:
       "valid_bits_per_byte": "{:.3f} bits/byte" if is_wide else "{:.2f} b/B",
       "tokens_per_second": "{} tokens/s" if is_wide else "{} tok/s",
       "mfu": "MFU {:.0%}",
+      "skipped": "{} skipped",
     }
     shown = dict(self._shown)
     if "tokens_per_second" in shown:

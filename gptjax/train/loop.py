@@ -108,16 +108,16 @@ class Loop:
       state, metrics = self.train_step(state, batch)
       step += 1
       if pending is not None:
-        self._look(*pending, clock, state, batch)
-      pending = (step, metrics)
-      is_stopped = self.should_stop(step)
+        self._look(*pending, clock, state)
+      pending = (step, metrics, batch)
+      is_stopped = self.should_stop(step) and step < self.num_steps
       due = [event for event in self.events if event.is_due(step, self.num_steps)]
       is_save_due = step % self.save_every_steps == 0 or step == self.num_steps or is_stopped
       if due or is_save_due or step == start_step + 1:
-        line = self._look(*pending, clock, state, batch, is_logged=bool(due))
+        line = self._look(*pending, clock, state, is_logged=bool(due))
         pending = None
-        if not is_stopped:
-          self._run_events(due, step, state, line)
+        if due:
+          self._run_events([] if is_stopped else due, step, state, line)
         if is_save_due:
           self.status("saving")
           self.save(step, state, line)
@@ -126,8 +126,11 @@ class Loop:
         break
     return state, step
 
-  def _look(self, step, metrics, clock, state, batch, is_logged=False) -> Line:
-    """Reads the numbers of an update that may still run, shows them, writes them when due."""
+  def _look(self, step, metrics, batch, clock, state, is_logged=False) -> Line:
+    """Reads the numbers of an update that may still run, shows them, writes them when due.
+
+    The state may be that after one more update: of a bad update it is the same.
+    """
     metrics = jax.device_get(metrics)
     tokens_per_second = clock.tick(float(metrics.pop("tokens")))
     line = {name: value.item() for name, value in metrics.items()}
@@ -145,8 +148,8 @@ class Loop:
       raise DivergedError(
         f"{in_row} updates in a row were skipped, up to step {step} (train_loss"
         f" {line['train_loss']}, grad_norm {line['grad_norm']}): {self.diagnose(state, batch)};"
-        " the last checkpoint is from before them. Lower optimizer.learning_rate, or raise"
-        " train.max_bad_steps"
+        " the last checkpoint is from before them. Raise train.max_bad_steps to go on, or start"
+        " from it in a new --workdir: init_from, and a lower optimizer.learning_rate"
       )
     if not is_logged and (step % self.log_every_steps == 0 or is_skipped):
       self.write(step, line)
@@ -157,9 +160,8 @@ class Loop:
       if event.measures:
         self.status(event.name)
         line.update(event.run(step, state))
-    if due:
-      self.write(step, line)
-      self.show(step, line)
+    self.write(step, line)
+    self.show(step, line)
     for event in due:
       if not event.measures:
         self.status(event.name)

@@ -110,11 +110,10 @@ class TensorBoardTracker:
 
   def __init__(self, workdir: str, config_json: str, resume_step: int):
     tensorboard = _import_tracker("tensorboardX", "tensorboard")
-    # Events at purge_step and later are hidden by TensorBoard: they belong to the lost steps.
-    purge_step = resume_step + 1 if resume_step else None
     self._writer = tensorboard.SummaryWriter(
       f"{workdir}/tensorboard",
-      purge_step=purge_step,
+      # Events at purge_step and later are hidden by TensorBoard: they belong to the lost steps.
+      purge_step=resume_step + 1,
       # Files are named by the second; a restart within one would overwrite the file before.
       filename_suffix=f".{time.time_ns()}",
     )

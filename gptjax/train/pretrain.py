@@ -33,13 +33,15 @@ from gptjax.train.schedule import resolve_durations
 from gptjax.train.step import (
   LanguageModelObjective,
   TrainState,
-  first_bad_parameter,
+  describe_not_finite,
+  find_not_finite,
   init_state,
   make_eval_step,
   make_train_step,
 )
 
-# What may change between a run and its resumption: it changes no number that is learned.
+# What may change between a run and its resumption: it changes no number that is learned, except
+# the guards against bad updates, which a run that was stopped by them must be able to change.
 CHANGEABLE_KEYS = (
   "data.cache_dir",
   "data.build_processes",
@@ -58,6 +60,7 @@ CHANGEABLE_KEYS = (
       "keep_latest",
       "log_every_steps",
       "loss_chunk_tokens",
+      "max_bad_steps",
       "mesh_data",
       "mesh_fsdp",
       "mesh_tensor",
@@ -68,6 +71,8 @@ CHANGEABLE_KEYS = (
       "profile_num_steps",
       "profile_start_step",
       "save_every_steps",
+      "skip_nonfinite",
+      "spike_sigmas",
       "trackers",
     )
   ),
@@ -186,8 +191,8 @@ class Pretraining:
     self._describe()
     objective = LanguageModelObjective(config.model, train.loss_chunk_tokens)
     self._eval_step = self.parallel.compile_eval(make_eval_step(objective))
-    self._find_bad = self.parallel.compile_eval(
-      functools.partial(first_bad_parameter, objective=objective)
+    self._find_not_finite = self.parallel.compile_eval(
+      functools.partial(find_not_finite, objective=objective)
     )
     train_step = self.parallel.compile_step(
       make_train_step(
@@ -287,7 +292,8 @@ class Pretraining:
     if restored is not None:
       for line in restored.skipped:
         say(line)
-      self.run.drop_after(restored.step)
+      if self.parallel.process_index == 0:
+        self.run.drop_after(restored.step)
       say(f"resuming after step {restored.step}")
       return self.parallel.from_saved(restored.state), restored.step
     state = self.parallel.init_state(init, key)
@@ -382,9 +388,7 @@ class Pretraining:
     self._write_report()
 
   def _diagnose(self, state: TrainState, batch: Any) -> str:
-    is_finite = self.parallel.to_host(self._find_bad(state, batch))
-    bad = next((name for name, finite in is_finite.items() if not finite), None)
-    return f"the first that is not finite is the {bad}" if bad else "every parameter is finite"
+    return describe_not_finite(self.parallel.to_host(self._find_not_finite(state, batch)))
 
   def _write_report(self) -> None:
     if self.parallel.process_index:

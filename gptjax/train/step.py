@@ -4,11 +4,12 @@ Sums are divided once, after all micro-batches and devices were added, so that t
 depend on how the rows were dealt out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 from jax.flatten_util import ravel_pytree
@@ -20,12 +21,26 @@ from gptjax.model.heads import lm_head
 from gptjax.train.config import OptimizerConfig
 from gptjax.train.loss import Sums, chunked_next_token_loss
 from gptjax.train.optimizer import Hyperparameters, ema_update, learning_rate, make_optimizer
-from gptjax.tree import named_leaves
+from gptjax.tree import map_named, named_leaves
 
 PyTree = Any
 
 # Spikes are judged against running means over about this many good steps, once as many were seen.
 SPIKE_MEMORY_STEPS = 50
+
+# Parameters in the order in which the forward pass reads them; others come last.
+_FORWARD_PARTS = ("token_embedding", "position_embedding", "layers", "final_norm", "lm_head")
+_FORWARD_PARTS_OF_LAYER = (
+  "attention_norm",
+  "attention/query",
+  "attention/key",
+  "attention/value",
+  "attention/output",
+  "mlp_norm",
+  "mlp/up",
+  "mlp/down",
+)
+_STACKED = "decoder/layers/"
 
 
 class Objective(Protocol):
@@ -218,16 +233,48 @@ def accumulate_gradients(
   return _sum_devices(_sum_micro_batches(compute, (batch, indices_A)), axis_name)
 
 
-def first_bad_parameter(
+def find_not_finite(
   state: TrainState, batch: Batch, objective: Objective, axis_name: str | None
-) -> dict[str, jax.Array]:
-  """Returns {path: is finite} of parameters and of their gradients, in the tree's order."""
+) -> dict[str, PyTree]:
+  """Returns whether parameters and gradients are finite: a bool a leaf, [N] for stacked layers."""
+
+  def is_finite(name, leaf):
+    axes = tuple(range(1 if _STACKED in name else 0, leaf.ndim))
+    return jnp.all(jnp.isfinite(leaf), axis=axes)
+
   gradients, _ = accumulate_gradients(state, batch, objective, axis_name)
   return {
-    f"{kind} {name}": jnp.all(jnp.isfinite(leaf))
-    for kind, tree in (("parameter", state.params), ("gradient of", gradients))
-    for name, leaf in named_leaves(tree).items()
+    "gradients": map_named(is_finite, gradients),
+    "parameters": map_named(is_finite, state.params),
   }
+
+
+def describe_not_finite(is_finite: Mapping[str, PyTree]) -> str:
+  """Names the first parameter, else gradient, that is not finite, in the order of the forward pass.
+
+  Args:
+    is_finite: from `find_not_finite`, on the host.
+  """
+  for kind in ("parameters", "gradients"):
+    bad = [
+      (_forward_place(name, layer), name, layer)
+      for name, leaf in named_leaves(is_finite[kind]).items()
+      for layer, finite in enumerate(np.atleast_1d(leaf))
+      if not finite
+    ]
+    if bad:
+      _, name, layer = min(bad)
+      where = f"{name} of layer {layer}" if _STACKED in name else name
+      which = "parameter" if kind == "parameters" else "gradient"
+      return f"{len(bad)} {which}s are not finite, the first on the way forward is {where}"
+  return "every parameter and every gradient is finite"
+
+
+def _forward_place(name: str, layer: int) -> tuple[int, int, int]:
+  def place(parts):
+    return next((i for i, part in enumerate(parts) if f"/{part}/" in f"/{name}"), len(parts))
+
+  return place(_FORWARD_PARTS), layer, place(_FORWARD_PARTS_OF_LAYER)
 
 
 def _sum_micro_batches(compute: Callable, micro: PyTree) -> PyTree:

@@ -1,0 +1,81 @@
+"""The loop alone, with counters for a model: which lines, events and saves a stop leaves."""
+
+import numpy as np
+import pytest
+
+from gptjax.train.loop import DivergedError, Event, Loop
+
+
+def metrics(loss, in_row):
+  return {
+    "train_loss": np.float32(loss),
+    "grad_norm": np.float32(1),
+    "tokens": np.float32(8),
+    "is_skipped": np.bool_(in_row > 0),
+    "skipped": np.int32(in_row),
+    "skipped_in_row": np.int32(in_row),
+  }
+
+
+class Recorder:
+  """Runs a loop whose state is the number of updates done."""
+
+  def __init__(self, num_steps=10, stop_at=None, bad_from=None):
+    self.lines, self.saves, self.sampled, self.diagnosed = [], [], [], []
+
+    def train_step(state, batch):
+      step = state + 1
+      return step, metrics(step, max(0, step - bad_from + 1) if bad_from else 0)
+
+    self.loop = Loop(
+      train_step=train_step,
+      num_steps=num_steps,
+      events=[
+        Event(5, lambda step, state: {"valid_loss": 1.0}, "evaluating", measures=True),
+        Event(5, lambda step, state: self.sampled.append(step), "sampling"),
+      ],
+      save=lambda step, state, line: self.saves.append(step),
+      save_every_steps=100,
+      write=lambda step, line: self.lines.append((step, "valid_loss" in line)),
+      show=lambda step, line: None,
+      status=lambda name: None,
+      log_every_steps=3,
+      flops_per_token=1.0,
+      peak_flops_per_second=None,
+      max_bad_steps=3,
+      diagnose=lambda state, batch: self.diagnosed.append(batch) or "nothing found",
+      should_stop=lambda step: step == stop_at,
+    )
+
+  def run(self):
+    _, step = self.loop.run(0, iter(range(1, 100)), 0)
+    return step
+
+
+def test_each_line_is_written_once():
+  run = Recorder()
+  assert run.run() == 10
+  assert run.lines == [(3, False), (5, True), (6, False), (9, False), (10, True)]
+  assert run.sampled == [5, 10] and run.saves == [10]
+
+
+def test_a_stop_at_an_evaluation_keeps_the_line_without_evaluating():
+  run = Recorder(stop_at=5)
+  assert run.run() == 5
+  assert run.lines == [(3, False), (5, False)]
+  assert run.saves == [5] and not run.sampled
+
+
+def test_a_stop_at_the_last_update_ends_the_run_as_always():
+  run = Recorder(stop_at=10)
+  assert run.run() == 10
+  assert run.lines[-1] == (10, True)
+  assert run.sampled == [5, 10] and run.saves == [10]
+
+
+@pytest.mark.parametrize("bad_from", [1, 4])
+def test_what_went_bad_is_looked_for_in_the_batch_of_the_failing_update(bad_from):
+  run = Recorder(bad_from=bad_from)
+  with pytest.raises(DivergedError, match=f"up to step {bad_from + 2} .*init_from"):
+    run.run()
+  assert run.diagnosed == [bad_from + 2]
