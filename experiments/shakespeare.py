@@ -17,7 +17,8 @@ def get_config(arg=None):
   config = to_config_dict(PretrainConfig())
   config.data.files = ("data/shakespeare/train/*.txt",)
   config.data.valid_files = ("data/shakespeare/valid/*.txt",)
-  config.data.tokenizer = "char"
+  config.data.tokenizer = "bpe"
+  config.data.vocab_size = 1024
 
   config.model.context_length = 128
   config.model.num_layers = 4
@@ -26,15 +27,19 @@ def get_config(arg=None):
   config.model.scan_layers = False
 
   config.optimizer.name = "muon"
-  config.optimizer.learning_rate = 3e-3
+  config.optimizer.learning_rate = 1e-2
+  config.optimizer.muon_learning_rate = 0.06
+  config.optimizer.muon_momentum = 0.9
   config.optimizer.schedule = "linear"
   config.optimizer.end_fraction = 0.0
   config.optimizer.warmup_steps = 20
 
-  config.train.num_steps = 900
+  config.train.num_steps = 700
   config.train.batch_rows = 32
-  config.eval.every_steps = 100
+  config.eval.every_steps = 175
   config.eval.batch_rows = 64
+  config.eval.sample_prompts = ("", "MACBETH")
+  config.eval.sample_tokens = 120
   if arg.tiny:
     shrink(config)
   return config

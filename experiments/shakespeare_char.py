@@ -51,12 +51,16 @@ def get_config(arg=None):
   config.eval.sample_tokens = 300
   if arg.fast:
     config.optimizer.name = "muon"
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.muon_learning_rate = 0.06
+    config.optimizer.muon_momentum = 0.9
+    config.optimizer.beta2 = 0.95
     config.optimizer.schedule = "linear"
     config.optimizer.end_fraction = 0.0
     config.optimizer.warmup_steps = 10
-    config.train.num_steps = 260
+    config.train.num_steps = 190
     config.train.batch_rows = 32
-    config.eval.every_steps = 260
+    config.eval.every_steps = 190
   if arg.tiny:
     shrink(config)
   return config
