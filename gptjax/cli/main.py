@@ -108,6 +108,12 @@ def _make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
   convert.add_argument("destination", help="a folder that does not exist or is empty")
   convert.add_argument("--to", required=True, choices=["hf", "gptjax"], help="the format")
   convert.add_argument("--dtype", help="float32, bfloat16 or float16; default: as it is")
+
+  doctor = add_verb("doctor", _doctor, "Find what is wrong with a converted checkpoint.")
+  _add_model(doctor)
+  doctor.add_argument("--text", help="file the model should find likely; default: plain English")
+  doctor.add_argument("--against", help="the same model from elsewhere, for the reference to run")
+  doctor.add_argument("--json", action="store_true", help="print one JSON object")
   return parser, dict(subparsers.choices)
 
 
@@ -160,3 +166,9 @@ def _convert(options: argparse.Namespace) -> None:
   from gptjax.cli.convert import convert
 
   convert(options.source, options.destination, options.to, options.dtype)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+  from gptjax.cli.doctor import doctor
+
+  doctor(options.model, options.text, options.against, options.json)

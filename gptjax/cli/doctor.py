@@ -1,0 +1,103 @@
+"""`gptjax doctor`: what is wrong with a checkpoint, as a table and a verdict."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from gptjax.checkpoint.doctor import TEXT, Diagnosis, examine
+from gptjax.checkpoint.models import Loaded, load_model
+from gptjax.errors import DataError
+
+
+def doctor(name: str, text_file: str | None, against: str | None, as_json: bool) -> None:
+  """Examines a model and prints what was found.
+
+  Args:
+    name: model argument.
+    text_file: a text the model should find likely; of a model without a tokenizer, token ids with
+      spaces between them. None is a paragraph of English, where there is a tokenizer.
+    against: another model argument, which the reference runs instead.
+    as_json: one object instead of a table.
+  """
+  model = load_model(name)
+  other = load_model(against) if against else None
+  ids = _text_ids(model, text_file)
+  reference = (other.params, other.config) if other else None
+  diagnosis = examine(model.params, model.config, ids, reference)
+  if as_json:
+    facts = json.dumps(_to_facts(diagnosis))
+    # JSON has no NaN; what is not a number is null.
+    print(json.dumps(json.loads(facts, parse_constant=lambda word: None)))
+  else:
+    print(_to_table(diagnosis))
+
+
+def _text_ids(model: Loaded, text_file: str | None) -> list[int] | None:
+  if text_file is None:
+    return _builtin_ids(model)
+  try:
+    text = Path(text_file).read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise DataError(f'--text "{text_file}" cannot be read: {error}') from error
+  if model.tokenizer is not None:
+    return model.tokenizer.encode(text)
+  try:
+    return [int(word) for word in text.split()]
+  except ValueError as error:
+    raise DataError(
+      f'the model has no tokenizer, so --text "{text_file}" must be token ids with spaces between:'
+      f" {error}"
+    ) from error
+
+
+def _builtin_ids(model: Loaded) -> list[int] | None:
+  """Encodes the paragraph of English, if the model's tokenizer can and fits the model."""
+  if model.tokenizer is None:
+    return None
+  try:
+    ids = model.tokenizer.encode(TEXT)
+  except DataError as error:
+    print(f"the built-in English text is of no use: {error}; give --text", file=sys.stderr)
+    return None
+  return ids if max(ids, default=0) < model.config.vocab_size else None
+
+
+def _to_facts(diagnosis: Diagnosis) -> dict[str, Any]:
+  place, culprit = diagnosis.disagreement, diagnosis.culprit
+  return {
+    "verdict": diagnosis.verdict,
+    "is_healthy": diagnosis.is_healthy,
+    "disagreement": place and {"activation": place.name, "error": place.error},
+    "culprit": culprit and dataclasses.asdict(culprit),
+    "suspicions": [dataclasses.asdict(trial) for trial in diagnosis.suspicions],
+    "loss": diagnosis.loss,
+    "chance": diagnosis.chance,
+    "not_finite": diagnosis.not_finite,
+    "trials": [dataclasses.asdict(trial) for trial in diagnosis.trials],
+  }
+
+
+def _to_table(diagnosis: Diagnosis) -> str:
+  worst = max(diagnosis.comparisons, key=lambda found: found.error)
+  lines = [
+    f"decoder against reference: {len(diagnosis.comparisons)} activations, the largest relative"
+    f" difference {worst.error:.1e} at {worst.describe()}"
+  ]
+  if diagnosis.loss is not None:
+    lines.append(f"text: {diagnosis.loss:.4f} nats a token; chance is {diagnosis.chance:.4f}")
+  if diagnosis.loss is not None or diagnosis.disagreement is not None:
+    lines += ["", *_trial_rows(diagnosis)]
+  return "\n".join([*lines, "", f"verdict: {diagnosis.verdict}"])
+
+
+def _trial_rows(diagnosis: Diagnosis) -> list[str]:
+  rows = [f"{'if it were':<16}{'undone by':<56}{'loss':>9}{'gain':>18}{'difference':>12}"]
+  for trial in diagnosis.trials:
+    loss = "" if trial.loss is None else f"{trial.loss:.4f}"
+    gain = "" if trial.gain is None else f"{trial.gain:+.4f} ± {trial.gain_error:.4f}"
+    error = "" if trial.error is None else f"{trial.error:.1e}"
+    mark = "  <--" if trial is diagnosis.culprit else ""
+    rows.append(f"{trial.kind:<16}{trial.change:<56}{loss:>9}{gain:>18}{error:>12}{mark}")
+  return rows
