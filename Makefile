@@ -72,10 +72,15 @@ fmt: $(VENV)/installed-test  ## let ruff fix and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-smoke:  ## the README's commands on a tiny model, in seconds
+smoke: SMOKE := experiments/shakespeare.py:tiny
+smoke: OWN := --config $(SMOKE) --config.data.files='["runs/smoke/own.txt"]'
+smoke: data  ## the README's commands on a tiny model, in seconds
 	rm -rf runs/smoke
-	$(MAKE) pretrain CONFIG=experiments/shakespeare.py:tiny WORKDIR=runs/smoke
-	$(MAKE) pretrain CONFIG=experiments/shakespeare.py:tiny WORKDIR=runs/smoke 2>&1 | grep 'nothing to do'
+	$(MAKE) pretrain CONFIG=$(SMOKE) WORKDIR=runs/smoke/first
+	$(BIN)/gptjax pretrain --config $(SMOKE) --workdir runs/smoke/first 2>&1 | grep 'nothing to do'
+	seq 9999 > runs/smoke/own.txt
+	$(BIN)/gptjax pretrain $(OWN) --workdir runs/smoke/own
+	$(BIN)/gptjax data show $(OWN) --step 12 --row 3 | grep 'runs/smoke/own.txt bytes'
 
 ci: lint test test-slow test-hf smoke  ## all that .ci/run runs
 

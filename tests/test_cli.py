@@ -1,13 +1,17 @@
 """The command line's own manners: verbs, unknown flags, overrides, exit status."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from gptjax import __version__
 from gptjax.cli.main import main, split_overrides
 from gptjax.errors import ConfigError
+
+EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
 def test_version_is_quick_and_imports_no_jax():
@@ -48,3 +52,17 @@ def test_overrides_are_taken_out_of_the_arguments():
 def test_an_override_without_value_is_refused():
   with pytest.raises(ConfigError, match=r"--config\.seed has no value"):
     split_overrides(["--config.seed"])
+
+
+def test_data_show_prints_one_object(tmp_path, capsys):
+  file = tmp_path / "own.txt"
+  file.write_text("\n".join(map(str, range(999))))
+  arguments = ["data", "show", "--config", f"{EXPERIMENTS}/shakespeare.py:tiny", "--step", "3"]
+  arguments += [f"--config.data.files=['{file}']", f"--config.data.cache_dir={tmp_path}/tokens"]
+  assert main([*arguments, "--json"]) == 0
+  (span,) = json.loads(capsys.readouterr().out)["spans"]
+  assert span["path"] == str(file)
+  assert file.read_bytes()[span["start_byte"] : span["end_byte"]].decode() == span["text"]
+  assert main(arguments) == 0
+  shown = capsys.readouterr().out
+  assert shown.startswith(f"--- {file} bytes {span['start_byte']}-{span['end_byte']} of the file")

@@ -210,7 +210,8 @@ def test_two_processes_build_the_same_thing_once(tmp_path, text_file):
     "prepare._write_tokens = lambda *args: print('built') or write(*args)\n"
     f"config = DataConfig(files=({text_file!r},), cache_dir={str(tmp_path / 'c')!r},"
     " vocab_size=280)\n"
-    "print(prepare.prepare_data(config, report=lambda line: None).train_tokens)"
+    "prepared = prepare.prepare_data(config, report=lambda line: None)\n"
+    "print(prepared.corpora['corpus'][0].num_tokens)"
   )
   processes = [
     subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)

@@ -66,10 +66,6 @@ class PreparedData:
   bytes_per_token: float
 
   @property
-  def train_tokens(self) -> int:
-    return sum(train.num_tokens for train, _ in self.corpora.values())
-
-  @property
   def valid_tokens(self) -> int:
     return sum(valid.num_tokens for _, valid in self.corpora.values())
 
