@@ -5,7 +5,8 @@ Source: Radford et al. 2018, section 4.1. Adam's betas are not given; they are t
 Command: gptjax pretrain --config experiments/gpt1_117m.py --workdir gs://BUCKET/gpt1 \\
     --config.data.files='["books/*.txt"]'
   BooksCorpus is no longer distributed: give your own books, one a file. The tokenizer has GPT-1's
-  size but is byte-level and keeps case.
+  size but is byte-level and keeps case; OpenAI's own files, without an end token:
+  --config.data.tokenizer=gpt1-paper:DIR --config.data.end_token=
 Hardware, time, metric: not yet run. The paper has a token perplexity of 18.4 on BooksCorpus.
 """
 

@@ -51,10 +51,12 @@ class DataConfig(CorpusConfig):
 
   Attributes:
     mixture: {name: CorpusConfig}; used instead of this config's own corpus fields.
-    tokenizer: "char", "bpe" (trained on the corpus), or a path: a tokenizer.json, a folder with
-      one, or a folder with GPT-2's encoder.json and vocab.bpe.
+    tokenizer: "char", "bpe" (trained on the corpus), or a path: a tokenizer.json, a SentencePiece
+      .model, or a folder with one of them or with GPT-2's or GPT-1's own files. For GPT-1's,
+      "gpt1-paper:PATH" or "gpt1-hf:PATH" says how text is handled; see `load_tokenizer`.
     vocab_size: entries of a "bpe" tokenizer to train, end token included.
-    end_token: text of the token that ends each document; "" joins documents without one.
+    end_token: text of the token that ends each document, which a tokenizer given by path must
+      have; "" joins documents without one.
     rows: "stream" cuts rows from documents joined by the end token (GPT-3); "packed" puts whole
       documents (or context-long pieces) side by side, with segment ids that attention respects.
     cache_dir: where token files are built, one folder per fingerprint.
