@@ -239,3 +239,38 @@ def test_a_run_on_a_mesh(tmp_path):
   model = gptjax.load(run.path, mesh={"fsdp": 2})
   kernel = model.params["decoder"]["layers"]["mlp"]["up"]["kernel"]
   assert kernel.addressable_shards[0].data.size * 2 == kernel.size
+
+
+def lines_of_the_guide():
+  """Yields the right-hand column of docs/from_transformers.md that runs now."""
+  guide = Path(__file__).parent.parent / "docs" / "from_transformers.md"
+  for line in guide.read_text(encoding="utf-8").splitlines():
+    cells = [cell.strip() for cell in line.split(" | ")]
+    if len(cells) == 3 and cells[1].startswith("`") and "next" not in cells[2]:
+      yield cells[1].strip("`")
+
+
+def test_the_guide_from_transformers_runs(tmp_path):
+  make_folder(tmp_path / "gpt2")
+  kogpt, config, _ = make_folder(tmp_path / "kogpt", "gptj")
+  roles = [f"[{name}]" for name in ("BOS", "EOS", "UNK", "PAD", "MASK")]
+  tokenizer = make_char_tokenizer([TEXT], "<|endoftext|>")
+  tokenizer.backend.add_special_tokens(roles)
+  tokenizer.save(kogpt / "tokenizer.json")
+  names = {"gptjax": gptjax, "text": TEXT, "prompt": "[BOS]the cat", "path": tmp_path / "saved"}
+  hub = {"gpt2": tmp_path / "gpt2", "MrBananaHuman/kogpt_6b_fp16": kogpt}
+  lines = list(lines_of_the_guide())
+  assert len(lines) == 11
+  for line in lines:
+    for name, path in hub.items():
+      line = line.replace(f'"{name}"', repr(str(path)))
+    exec(line, names)
+  assert names["features"].shape == (1, len(TEXT), 24)
+  np.testing.assert_array_equal(names["layers"][-1], names["features"])
+  assert names["logits"].shape == (1, len(TEXT), 61)
+  assert (tmp_path / "saved" / "model.safetensors").exists()
+  assert names["generated"] == "[BOS]the cat"
+  assert names["model"].tokenizer.pad_id in names["model"].tokenizer.encode(
+    "[PAD]", parse_special_tokens=True
+  )
+  assert config.family == "gptj" and names["model"](names["tokens"]).shape[-1] == 61

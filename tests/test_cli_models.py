@@ -103,6 +103,8 @@ def test_convert_there_and_back(folder, tmp_path, capsys):
     (["convert", "a", "b", "--to", "onnx"], "onnx"),
     (["convert", "FOLDER", "FOLDER", "--to", "hf"], "is not empty"),
     (["convert", "FOLDER", "b", "--to", "hf", "--dtype", "float8"], 'dtype is "float8"'),
+    (["doctor", "/no/such/folder"], "no such folder or file"),
+    (["doctor", "FOLDER", "--txt", "x"], 'did you mean "--text"'),
   ],
 )
 def test_mistakes_are_one_line_and_status_2(arguments, expected, folder, capsys):
