@@ -112,6 +112,35 @@ def test_a_resumed_run_repeats_the_undisturbed_one_to_the_bit(run, folder, capsy
   assert RunDirectory(copy).read_samples() == run.read_samples()
 
 
+def test_a_run_killed_before_its_first_save_leaves_no_lines_behind(run, folder):
+  copy = folder / "killed"
+  shutil.copytree(run.path, copy)
+  shutil.rmtree(copy / "checkpoints")
+  assert pretrain(folder, copy) == 0
+  assert losses_of(RunDirectory(copy)) == losses_of(run)
+  assert RunDirectory(copy).read_samples() == run.read_samples()
+
+
+@pytest.mark.parametrize("damage", ["flipped", "lost"])
+def test_a_finished_run_with_a_damaged_last_checkpoint_is_finished_again(
+  damage, run, folder, capsys
+):
+  copy = folder / f"damaged {damage}"
+  shutil.copytree(run.path, copy)
+  files = (copy / "checkpoints" / "12" / "state").rglob("*")
+  largest = max((file for file in files if file.is_file()), key=lambda file: file.stat().st_size)
+  content = bytearray(largest.read_bytes())
+  content[len(content) // 2] ^= 1
+  if damage == "lost":
+    largest.unlink()
+  else:
+    largest.write_bytes(content)
+  assert pretrain(folder, copy) == 0
+  messages = capsys.readouterr().err
+  assert "checkpoint 12 skipped" in messages and "resuming after step 8" in messages
+  assert losses_of(RunDirectory(copy)) == losses_of(run)
+
+
 @pytest.mark.slow
 def test_another_seed_is_another_run(run, folder):
   assert pretrain(folder, folder / "other", "seed=1", "train.num_steps=2") == 0

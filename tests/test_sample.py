@@ -180,6 +180,9 @@ def test_the_whole_context_is_usable():
   ("prompts", "max_new_tokens", "complaint"),
   [
     ([[1], []], 3, "a prompt has no tokens"),
+    ([], 3, "there are no prompts"),
+    ([[1], [2, 61]], 3, "the token 61, but the model's are 0 to 60"),
+    ([[-1]], 3, "the token -1"),
     ([[1] * 20], 5, "a prompt of 20 tokens and 5 new ones exceed the model's context of 24"),
   ],
 )
@@ -187,6 +190,16 @@ def test_impossible_prompts_are_refused(prompts, max_new_tokens, complaint):
   config, params = FAMILIES["gpt2"], make_params(FAMILIES["gpt2"])
   with pytest.raises(UserError, match=complaint):
     sample(params, config, prompts, max_new_tokens=max_new_tokens, key=jax.random.key(0))
+
+
+def test_only_ids_that_a_tokenizer_knows_are_drawn():
+  """The others of a larger vocabulary would not decode."""
+  config, params = FAMILIES["gpt2"], make_params(FAMILIES["gpt2"])
+  draw_some = functools.partial(
+    sample, params, config, PROMPTS, max_new_tokens=15, temperature=5.0, key=jax.random.key(0)
+  )
+  assert draw_some().max() >= 5
+  assert draw_some(num_ids=5).max() < 5
 
 
 @pytest.mark.slow

@@ -118,6 +118,14 @@ class CheckpointStore:
     metrics = {step: value for step, value in metrics.items() if value is not None}
     return min(metrics, key=lambda step: (metrics[step], -step)) if metrics else None
 
+  def is_whole(self, step: int) -> bool:
+    """Says whether the checkpoint of a step is, to the bit, what was saved."""
+    try:
+      _check_whole(self.path / str(step))
+    except _DamagedError:
+      return False
+    return True
+
   def save(
     self,
     step: int,
@@ -206,19 +214,22 @@ class CheckpointStore:
         restored.skipped.append(f"checkpoint {step} skipped, {reason}; kept as {moved}")
     return restored
 
-  def restore_params(self, abstract_params: PyTree, step: int | None = None) -> Restored:
-    """Restores only the parameters, the item `params` of the state, and changes nothing on disk.
+  def restore_params(
+    self, abstract_params: PyTree, step: int | None = None, item: str = "params"
+  ) -> Restored:
+    """Restores only the parameters, an item of the state, and changes nothing on disk.
 
     Args:
       abstract_params: jax.ShapeDtypeStruct leaves with shardings; a subtree is enough, and
         another floating dtype is cast to.
       step: None is the newest whole checkpoint.
+      item: "params", or "ema" of a run that kept their average.
 
     Raises:
       CheckpointError: no (such) checkpoint, none readable, or parameters of another model.
     """
     restored, damaged = self._restore_newest(
-      lambda path: _restore_params(path, abstract_params), self._candidates(step)
+      lambda path: _restore_params(path, abstract_params, item), self._candidates(step)
     )
     restored.skipped.extend(f"checkpoint {s} skipped, {why}" for s, why in damaged.items())
     return restored
@@ -390,11 +401,11 @@ def _restore_state(folder: epath.Path, abstract_state: PyTree) -> PyTree:
   return _read_arrays(folder, abstract_state)
 
 
-def _restore_params(folder: epath.Path, abstract_params: PyTree) -> PyTree:
+def _restore_params(folder: epath.Path, abstract_params: PyTree, item: str) -> PyTree:
   _check_whole(folder)
-  abstract = {"params": abstract_params}
+  abstract = {item: abstract_params}
   _check_same_model(folder, _read_record(folder)["leaves"], abstract, whole=False)
-  return _read_arrays(folder, abstract)["params"]
+  return _read_arrays(folder, abstract)[item]
 
 
 def _read_arrays(folder: epath.Path, abstract: PyTree) -> PyTree:

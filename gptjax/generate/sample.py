@@ -23,6 +23,7 @@ def sample(
   max_new_tokens: int,
   temperature: float = 1.0,
   key: jax.Array,
+  num_ids: int | None = None,
 ) -> np.ndarray:
   """Continues prompts, all of them in one batch.
 
@@ -33,16 +34,17 @@ def sample(
     max_new_tokens: how many to add.
     temperature: of the draw; 0 is greedy.
     key: every row draws from its own stream, whatever its companions.
+    num_ids: only ids below this are drawn: those a tokenizer can decode. None: the vocabulary.
 
   Returns:
     int32 [B, max_new_tokens], without the prompts.
 
   Raises:
-    UserError: an empty prompt, or prompt and new tokens exceed the context.
+    UserError: no prompts, an empty one, ids outside the vocabulary, or prompt and new tokens exceed
+      the context.
   """
+  _check_prompts(prompts, config)
   longest = max(len(prompt) for prompt in prompts)
-  if not all(len(prompt) for prompt in prompts):
-    raise UserError("a prompt has no tokens; give it at least one")
   if longest + max_new_tokens > config.context_length:
     raise UserError(
       f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of"
@@ -56,13 +58,34 @@ def sample(
   first_slot_B = np.array([padded - len(prompt) for prompt in prompts], np.int32)
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(prompts)))
   new_tokens = _sample(
-    params, tokens_BL, first_slot_B, jnp.float32(temperature), keys_B, config, max_new_tokens
+    params,
+    tokens_BL,
+    first_slot_B,
+    np.float32(temperature),
+    keys_B,
+    np.int32(config.vocab_size if num_ids is None else num_ids),
+    config,
+    max_new_tokens,
   )
   return np.asarray(new_tokens)
 
 
+def _check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig) -> None:
+  if not len(prompts):
+    raise UserError("there are no prompts; give at least one")
+  for prompt in prompts:
+    if not len(prompt):
+      raise UserError("a prompt has no tokens; give it at least one")
+    outside = [int(token) for token in prompt if not 0 <= token < config.vocab_size]
+    if outside:
+      raise UserError(
+        f"a prompt has the token {outside[0]}, but the model's are 0 to {config.vocab_size - 1};"
+        " encode it with the tokenizer of the model"
+      )
+
+
 @functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
-def _sample(params, tokens_BL, first_slot_B, temperature, keys_B, config, max_new_tokens):
+def _sample(params, tokens_BL, first_slot_B, temperature, keys_B, num_ids, config, max_new_tokens):
   decoder = params["decoder"]
   layers = unstack_layers(decoder["layers"], config)
   num_slots = tokens_BL.shape[1] + max_new_tokens
@@ -70,7 +93,9 @@ def _sample(params, tokens_BL, first_slot_B, temperature, keys_B, config, max_ne
 
   def step(carry, index):
     hidden_BD, cache = carry
-    token_B = draw(lm_logits(params, hidden_BD, config), temperature, keys_B, index)
+    logits_BV = lm_logits(params, hidden_BD, config)
+    logits_BV = jnp.where(jnp.arange(config.vocab_size)[None, :] < num_ids, logits_BV, -jnp.inf)
+    token_B = draw(logits_BV, temperature, keys_B, index)
     hidden_BD, cache = decode_step(decoder, layers, token_B, cache, config)
     return (hidden_BD, cache), token_B
 
@@ -96,11 +121,15 @@ def sample_long(
   max_new_tokens: int,
   temperature: float,
   key: jax.Array,
+  num_ids: int | None = None,
 ) -> np.ndarray:
   """Continues prompts beyond the context: whenever it is full, the last half is kept.
 
-  Args and Returns: as `sample`.
+  Args, Returns and Raises: as `sample`.
   """
+  _check_prompts(prompts, config)
+  if config.context_length < 2:
+    raise UserError("a model with a context of 1 token has no room to continue a prompt")
   texts = [list(prompt) for prompt in prompts]
   half = config.context_length // 2
   left = max_new_tokens
@@ -114,8 +143,9 @@ def sample_long(
       max_new_tokens=num_new,
       temperature=temperature,
       key=jax.random.fold_in(key, left),
+      num_ids=num_ids,
     )
     for text, row in zip(texts, new):
       text.extend(row.tolist())
     left -= num_new
-  return np.array([text[-max_new_tokens:] for text in texts], np.int32)
+  return np.array([text[len(text) - max_new_tokens :] for text in texts], np.int32)

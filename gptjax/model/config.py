@@ -102,9 +102,18 @@ class ModelConfig:
     )
     for kind in self.attention_pattern:
       check_choice("model.attention_pattern", kind, ("global", "local"))
-    for key in ("context_length", "num_layers", "model_dim", "num_heads", "window_size"):
-      if getattr(self, key) < 1:
+    if not self.attention_pattern:
+      raise ConfigError('model.attention_pattern is empty; it must name "global" or "local" layers')
+    sizes = ("context_length", "num_layers", "model_dim", "num_heads", "window_size")
+    optional_sizes = ("vocab_size", "head_dim", "ffw_dim", "rotary_dim")
+    for key in (*sizes, *optional_sizes, "vocab_multiple"):
+      if getattr(self, key) is not None and getattr(self, key) < 1:
         raise ConfigError(f"model.{key} is {getattr(self, key)}; it must be at least 1")
+    for key in ("init_std", "position_init_std", "norm_epsilon"):
+      if not getattr(self, key) >= 0:
+        raise ConfigError(f"model.{key} is {getattr(self, key)}; it must be at least 0")
+    if not self.rotary_base > 0:
+      raise ConfigError(f"model.rotary_base is {self.rotary_base}; it must be above 0")
     for key in ("embedding_dropout", "attention_dropout", "residual_dropout"):
       if not 0 <= getattr(self, key) < 1:
         raise ConfigError(f"model.{key} is {getattr(self, key)}; it must be in [0, 1)")

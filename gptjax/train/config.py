@@ -1,11 +1,22 @@
 """Configs of training: optimiser, loop, evaluation, and the whole of a pretraining run."""
 
 import dataclasses
+import math
+import re
 from collections.abc import Mapping
+from typing import Any
 
 from gptjax.data.config import DataConfig
 from gptjax.errors import ConfigError, check_choice
 from gptjax.model.config import ModelConfig
+
+
+def _check_least(group: str, config: Any, **least: float) -> None:
+  """Raises ConfigError for a value below its least, or NaN; None is unset."""
+  for key, bound in least.items():
+    value = getattr(config, key)
+    if value is not None and not value >= bound:
+      raise ConfigError(f"{group}.{key} is {value}; it must be at least {bound}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +77,20 @@ class OptimizerConfig:
     for key in ("beta1", "beta2", "muon_momentum", "ema_decay"):
       if not 0 <= getattr(self, key) < 1:
         raise ConfigError(f"optimizer.{key} is {getattr(self, key)}; it must be in [0, 1)")
+    _check_least("optimizer", self, muon_steps=1)
+    _check_least(
+      "optimizer",
+      self,
+      **dict.fromkeys(("learning_rate", "muon_learning_rate", "clip_norm", "epsilon"), 0),
+      **dict.fromkeys(("warmup_steps", "warmup_tokens", "warmup_fraction"), 0),
+      **dict.fromkeys(("decay_steps", "decay_tokens", "end_fraction"), 0),
+    )
+    try:
+      re.compile(self.decay_pattern)
+    except re.error as error:
+      raise ConfigError(
+        f'optimizer.decay_pattern "{self.decay_pattern}" is no regular expression: {error}'
+      ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,9 +164,18 @@ class TrainConfig:
     lengths = (self.num_steps, self.num_tokens, self.num_epochs)
     if sum(value is not None for value in lengths) > 1:
       raise ConfigError("set only one of train.num_steps, train.num_tokens, train.num_epochs")
-    for key in ("batch_rows", "accumulation", "host_devices", "log_every_steps", "keep_latest"):
-      if getattr(self, key) < 1:
-        raise ConfigError(f"train.{key} is {getattr(self, key)}; it must be at least 1")
+    _check_least(
+      "train",
+      self,
+      **dict.fromkeys(("num_steps", "num_tokens", "batch_rows", "accumulation"), 1),
+      **dict.fromkeys(("host_devices", "log_every_steps", "save_every_steps", "keep_latest"), 1),
+      **dict.fromkeys(("max_bad_steps", "distributed_timeout_seconds"), 1),
+      **dict.fromkeys(("ramp_start_rows", "ramp_tokens", "z_loss", "loss_chunk_tokens"), 0),
+      **dict.fromkeys(("keep_every_steps", "spike_sigmas"), 0),
+      **dict.fromkeys(("profile_start_step", "profile_num_steps", "peak_flops_per_second"), 0),
+    )
+    if self.num_epochs is not None and not 0 < self.num_epochs < math.inf:
+      raise ConfigError(f"train.num_epochs is {self.num_epochs}; it must be above 0 and finite")
     if self.batch_rows % self.accumulation:
       raise ConfigError(
         f"train.batch_rows {self.batch_rows} is not a multiple of"
@@ -154,11 +188,11 @@ class EvalConfig:
   """What the loop runs now and then.
 
   Attributes:
-    every_steps: steps between evaluations; the last step is always evaluated.
+    every_steps: steps between evaluations; the last step is always evaluated. 0: only the last.
     max_rows: rows of the validation split to score; 0 is all of them.
     batch_rows: rows scored at a time.
     sample_prompts: texts to continue at each evaluation, into samples.txt.
-    sample_tokens: new tokens of each.
+    sample_tokens: new tokens of each; 0 writes no samples.
     sample_temperature: temperature of the draw; 0 is greedy.
   """
 
@@ -168,6 +202,15 @@ class EvalConfig:
   sample_prompts: tuple[str, ...] = ("",)
   sample_tokens: int = 100
   sample_temperature: float = 0.8
+
+  def __post_init__(self):
+    _check_least(
+      "eval", self, batch_rows=1, every_steps=0, max_rows=0, sample_tokens=0, sample_temperature=0
+    )
+
+  @property
+  def has_samples(self) -> bool:
+    return bool(self.sample_prompts and self.sample_tokens)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,3 +232,11 @@ class PretrainConfig:
   seed: int = 0
   init_from: str = ""
   tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+  def __post_init__(self):
+    if not 0 <= self.seed < 2**32:
+      raise ConfigError(f"seed is {self.seed}; it must be from 0 to {2**32 - 1}")
+    if self.eval.has_samples and self.model.context_length < 2:
+      raise ConfigError(
+        "model.context_length is 1, too short for samples; set eval.sample_tokens=0"
+      )

@@ -3,13 +3,17 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
+import json
 import sys
 import time
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gptjax import config as config_lib
 from gptjax import parallel as parallel_lib
@@ -18,11 +22,12 @@ from gptjax.checkpoint.run_directory import RunDirectory, is_run_directory
 from gptjax.checkpoint.store import CheckpointStore
 from gptjax.data.batches import BatchSchedule, BatchSource, prefetch, valid_batches
 from gptjax.data.prepare import PreparedData, prepare_data
-from gptjax.errors import CheckpointError, ConfigError
+from gptjax.data.tokenizer import Tokenizer, load_tokenizer
+from gptjax.errors import CheckpointError, ConfigError, DataError, UserError
 from gptjax.generate.sample import sample_long
 from gptjax.model.parameters import SHARDING_RULES, count_parameters, init_parameters
 from gptjax.train import hardware
-from gptjax.train.config import PretrainConfig
+from gptjax.train.config import EvalConfig, PretrainConfig
 from gptjax.train.display import ProgressDisplay
 from gptjax.train.loop import Event, Line, Loop, bits_per_byte, stop_signals
 from gptjax.train.metrics import MetricsWriter, make_trackers
@@ -78,6 +83,23 @@ CHANGEABLE_KEYS = (
   ),
 )
 
+# What may differ between a run and the one it starts from: no shape and no function.
+FREE_MODEL_KEYS = (
+  "family",
+  "embedding_dropout",
+  "attention_dropout",
+  "residual_dropout",
+  "init_std",
+  "position_init_std",
+  "residual_init_scale",
+  "compute_dtype",
+  "attention_implementation",
+  "scan_layers",
+  "remat",
+)
+
+CHECKED_TOKENS = 65536  # evenly spread over a split, to tell its content
+
 
 def pretrain(config: PretrainConfig, workdir: str) -> None:
   """Trains a language model into a run directory, or goes on with the run that is there.
@@ -87,21 +109,108 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
   """
   started = time.time()
   start_devices(config)
+  parallel = make_parallel(config)
   run = RunDirectory(workdir)
-  is_first = jax.process_index() == 0
-  with run.lock() if is_first else contextlib.nullcontext():
-    prepared = prepare_data(config.data, report=say)
-    config = resolve_model(config, prepared)
-    parallel = make_parallel(config)
-    schedule = batch_schedule(config, parallel)
-    source = BatchSource(prepared, config.model.context_length, config.seed, schedule)
-    num_steps = resolve_num_steps(config, schedule, source.rows_per_epoch)
-    if is_first:
-      run.create_or_check(config_lib.to_json(config), prepared.tokenizer, CHANGEABLE_KEYS)
-    if run.is_finished(num_steps):
+  is_first = parallel.process_index == 0
+  with contextlib.ExitStack() as stack:
+    with ending_together(parallel):
+      if is_first:
+        stack.enter_context(run.lock())
+      prepared = prepare_data(config.data, report=say)
+      config = resolve_model(config, prepared)
+      schedule = batch_schedule(config, parallel)
+      source = BatchSource(prepared, config.model.context_length, config.seed, schedule)
+      num_steps = resolve_num_steps(config, schedule, source.rows_per_epoch)
+      check_events(config, prepared, parallel.process_count)
+      check_init_from(config, prepared)
+      identity = (
+        config_lib.to_json(config), prepared.tokenizer, CHANGEABLE_KEYS, describe_data(prepared)
+      )  # fmt: skip
+      if is_first:
+        run.create_or_check(*identity)
+    with ending_together(parallel):
+      if not is_first:  # with other data or another config, the processes would not fit together
+        run.check(*identity)
+      is_finished = is_finished_and_whole(run, num_steps)
+    if is_finished:
       say(f"{workdir} has all of its {num_steps} steps; nothing to do")
       return
     Pretraining(config, run, prepared, parallel, source, num_steps, started).run_all()
+
+
+@contextlib.contextmanager
+def ending_together(parallel: parallel_lib.Parallel) -> Iterator[None]:
+  """Ends all processes if one of them fails inside; jax would abort those that wait for it."""
+  try:
+    yield
+  except Exception:
+    parallel.agree(True)
+    raise
+  if parallel.agree(False):
+    raise UserError("another process of the run cannot go on; its message says why")
+
+
+def is_finished_and_whole(run: RunDirectory, num_steps: int) -> bool:
+  """Says whether all updates are done and the last checkpoint can be read."""
+  with CheckpointStore(run.checkpoints_path) as store:
+    return run.is_finished(num_steps) and store.is_whole(run.latest_step())
+
+
+def describe_data(prepared: PreparedData) -> dict[str, Any]:
+  """Describes token files well enough to tell them from others, wherever they are."""
+
+  def describe(tokens):
+    positions = np.linspace(0, tokens.num_tokens, CHECKED_TOKENS, endpoint=False, dtype=np.int64)
+    some = tokens.gather(positions) if tokens.num_tokens else positions
+    return {
+      "num_tokens": tokens.num_tokens,
+      "num_documents": tokens.num_documents,
+      "text_bytes": tokens.text_bytes,
+      f"crc32_of_{CHECKED_TOKENS}_tokens": zlib.crc32(some.astype("<i4").tobytes()),
+    }
+
+  return {
+    name: {"train": describe(train), "valid": describe(valid)}
+    for name, (train, valid) in prepared.corpora.items()
+  }
+
+
+def check_events(config: PretrainConfig, prepared: PreparedData, process_count: int) -> None:
+  """Raises UserError for a validation or samples that would fail hours later."""
+  if config.eval.has_samples:
+    sample_prompt_ids(config.eval, prepared.tokenizer)
+  if prepared.valid_tokens:
+    batches = valid_batches(
+      prepared, config.model.context_length, config.eval.batch_rows, process_count=process_count
+    )
+    if next(batches, None) is None:
+      raise DataError(
+        f"the validation split has {prepared.valid_tokens} tokens and no target to score;"
+        " hold out more of the corpus, or nothing"
+      )
+
+
+def check_init_from(config: PretrainConfig, prepared: PreparedData) -> None:
+  """Raises CheckpointError unless init_from is a run of this architecture and tokenizer."""
+  if not config.init_from:
+    return
+  if not is_run_directory(config.init_from):
+    raise CheckpointError(f'init_from "{config.init_from}" is not a run directory')
+  other = RunDirectory(config.init_from)
+  there = other.read_config()["model"]
+  here = json.loads(config_lib.to_json(config))["model"]
+  for key, value in here.items():
+    if key not in FREE_MODEL_KEYS and key in there and there[key] != value:
+      raise CheckpointError(
+        f'init_from "{config.init_from}" has model.{key} {there[key]}, this config {value};'
+        " use its architecture"
+      )
+  there = load_tokenizer(str(other.path)).fingerprint
+  if there != prepared.tokenizer.fingerprint:
+    raise CheckpointError(
+      f'init_from "{config.init_from}" was trained with another tokenizer;'
+      f' set data.tokenizer="{other.tokenizer_path}"'
+    )
 
 
 def say(message: str) -> None:
@@ -145,16 +254,34 @@ def make_parallel(config: PretrainConfig) -> parallel_lib.Parallel:
   )
 
 
-def batch_schedule(config: PretrainConfig, parallel: parallel_lib.Parallel) -> BatchSchedule:
-  """Returns how many rows each batch has; processes and micro-batches share them evenly."""
+def batch_schedule(
+  config: PretrainConfig, parallel: parallel_lib.Parallel | None = None
+) -> BatchSchedule:
+  """Returns how many rows each batch has, which does not depend on the number of processes.
+
+  Args:
+    config: of the run.
+    parallel: if given, its processes must be able to share every batch evenly.
+  """
   train = config.train
-  return BatchSchedule(
+  schedule = BatchSchedule(
     batch_rows=train.batch_rows,
     context_length=config.model.context_length,
     ramp_start_rows=train.ramp_start_rows,
     ramp_tokens=train.ramp_tokens,
-    multiple=train.accumulation * parallel.process_count,
+    multiple=train.accumulation,
   )
+  process_count = parallel.process_count if parallel else 1
+  ramp = itertools.takewhile(
+    lambda k: schedule.tokens_before(k) < train.ramp_tokens, itertools.count()
+  )
+  for rows in (train.batch_rows, *map(schedule.rows, ramp)):
+    if rows % process_count:
+      raise ConfigError(
+        f"a batch of {rows} rows does not divide among {process_count} processes; make"
+        " train.batch_rows a multiple of them, and with a ramp train.accumulation too"
+      )
+  return schedule
 
 
 def resolve_num_steps(config: PretrainConfig, schedule: BatchSchedule, rows_per_epoch: int) -> int:
@@ -188,6 +315,7 @@ class Pretraining:
   def run_all(self) -> None:
     """Restores or initialises, trains, and leaves a report."""
     config, train = self.config, self.config.train
+    self._prompts = sample_prompt_ids(config.eval, self.prepared.tokenizer)
     self._describe()
     objective = LanguageModelObjective(config.model, train.loss_chunk_tokens)
     self._eval_step = self.parallel.compile_eval(make_eval_step(objective))
@@ -202,7 +330,7 @@ class Pretraining:
         spike_sigmas=train.spike_sigmas,
       )
     )
-    peak = hardware.peak_flops_per_second(
+    self._peak = hardware.peak_flops_per_second(
       jax.devices(), config.model.compute_dtype, train.peak_flops_per_second
     )
     with CheckpointStore(
@@ -223,13 +351,13 @@ class Pretraining:
           num_steps=self.num_steps,
           events=self._events(),
           save=self._save,
-          save_every_steps=train.save_every_steps or config.eval.every_steps,
+          save_every_steps=train.save_every_steps or config.eval.every_steps or self.num_steps,
           write=self._write,
           show=lambda step, line: display.update(step, **line),
           status=display.status,
           log_every_steps=train.log_every_steps,
           flops_per_token=hardware.flops_per_token(config.model),
-          peak_flops_per_second=peak.flops_per_second,
+          peak_flops_per_second=self._peak.flops_per_second,
           max_bad_steps=train.max_bad_steps,
           diagnose=self._diagnose,
           should_stop=lambda step: self._agree(step, is_stop_requested()),
@@ -302,18 +430,20 @@ class Pretraining:
     return state, 0
 
   def _start_from(self, state: TrainState) -> TrainState:
-    """Replaces the parameters by those of another run."""
-    if not is_run_directory(self.config.init_from):
-      raise CheckpointError(f'init_from "{self.config.init_from}" is not a run directory')
+    """Replaces the parameters by those of another run, by their average where it kept one."""
     other = RunDirectory(self.config.init_from)
     abstract = jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
       self.parallel.for_saving(state.params),
     )
     with CheckpointStore(other.checkpoints_path) as store:
-      restored = store.restore_params(abstract)
+      item = "ema" if other.read_config()["optimizer"]["ema_decay"] else "params"
+      restored = store.restore_params(abstract, item=item)
+    for line in restored.skipped:
+      say(line)
     params = self.parallel.from_saved(restored.state)
-    say(f"starting from step {restored.step} of {self.config.init_from}")
+    average = "the average of " if item == "ema" else ""
+    say(f"starting from {average}step {restored.step} of {self.config.init_from}")
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     return state.replace(params=params, ema=ema)
 
@@ -343,7 +473,7 @@ class Pretraining:
     events = []
     if self.prepared.valid_tokens:
       events.append(Event(every_steps, self._evaluate, "evaluating", measures=True))
-    if self.config.eval.sample_prompts:
+    if self.config.eval.has_samples:
       events.append(Event(every_steps, self._sample, "sampling"))
     return events
 
@@ -369,14 +499,14 @@ class Pretraining:
 
   def _sample(self, step: int, state: TrainState) -> None:
     config, tokenizer = self.config.eval, self.prepared.tokenizer
-    prompts = [prompt_ids(tokenizer, prompt) for prompt in config.sample_prompts]
     new_tokens = sample_long(
       self.parallel.for_decoding(state.eval_params),
       self.config.model,
-      prompts,
+      self._prompts,
       max_new_tokens=config.sample_tokens,
       temperature=config.sample_temperature,
       key=jax.random.fold_in(jax.random.key(self.config.seed), step),
+      num_ids=tokenizer.vocab_size,
     )
     if self.parallel.process_index == 0:
       for prompt, row in zip(config.sample_prompts, new_tokens):
@@ -399,28 +529,57 @@ class Pretraining:
       prompt = max((p for p in prompts if text.startswith(p)), key=len, default="")
       samples.append((step, prompt, text[len(prompt) :]))
     self.run.flush()
+    metrics = self.run.read_metrics()
     page = training_report(
       self.run.path.name,
-      self.run.read_metrics(),
+      metrics,
       samples=samples,
       facts={"Parameters": report.format_count(count_parameters(self.config.model))},
       config_json=config_lib.to_json(self.config),
       environment=report.environment(jax.devices()),
+      notes=self._notes(metrics),
     )
     self.run.write_report(page)
 
+  def _notes(self, metrics: list[dict[str, Any]]) -> list[str]:
+    notes = []
+    if self._peak.flops_per_second:
+      peak = report.format_count(self._peak.flops_per_second)
+      notes.append(f"MFU is counted against {peak} FLOP/s: {self._peak.source}.")
+    skipped = max((line["skipped"] for line in metrics if "skipped" in line), default=0)
+    if skipped:
+      notes.append(f"{skipped} bad updates were skipped.")
+    return notes
 
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-  """Encodes a prompt; an empty one is the end token, or a line break where there is none."""
-  if prompt:
-    return tokenizer.encode(prompt)
-  return [tokenizer.end_id] if tokenizer.end_id is not None else tokenizer.encode("\n")
+
+def sample_prompt_ids(config: EvalConfig, tokenizer: Tokenizer) -> list[list[int]]:
+  """Encodes the prompts; an empty one is the end token, or a line break where there is none.
+
+  Raises:
+    UserError: the tokenizer has no ids for a prompt.
+  """
+  return [_prompt_ids(tokenizer, prompt) for prompt in config.sample_prompts if config.has_samples]
+
+
+def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+  if not prompt and tokenizer.end_id is not None:
+    return [tokenizer.end_id]
+  try:
+    ids = tokenizer.encode(prompt or "\n")
+  except DataError as error:
+    if prompt:
+      raise DataError(f"eval.sample_prompts: {error}") from error
+    ids = []
+  if not ids:
+    wanted = "no tokens for it" if prompt else "neither an end token nor a line break to start with"
+    raise ConfigError(
+      f'eval.sample_prompts has "{prompt}", but the tokenizer has {wanted}; give another prompt'
+    )
+  return ids
 
 
 def show_row(config: PretrainConfig, step: int, row: int) -> list[Any]:
   """Finds what row `row` of the batch of update `step` (0-based) was made from; see Span."""
   prepared = prepare_data(config.data, report=lambda line: None)
-  parallel = make_parallel(config)
-  schedule = batch_schedule(config, parallel)
-  source = BatchSource(prepared, config.model.context_length, config.seed, schedule)
+  source = BatchSource(prepared, config.model.context_length, config.seed, batch_schedule(config))
   return source.locate(step, row)
