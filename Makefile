@@ -51,7 +51,7 @@ setup: $(INSTALLED)  ## make .venv and install gptjax into it
 data: $(INSTALLED)  ## fetch Shakespeare's works, hash-checked, into data/shakespeare
 	$(BIN)/python -m gptjax.data.shakespeare data/shakespeare
 
-pretrain: $(INSTALLED) $(if $(filter experiments/shakespeare.py%,$(CONFIG)),data)  ## train a GPT; the same command again resumes
+pretrain: $(INSTALLED) $(if $(filter experiments/shakespeare.py%,$(CONFIG))$(findstring tiny,$(CONFIG)),data)  ## train a GPT; the same command again resumes
 	$(BIN)/gptjax pretrain --config '$(CONFIG)' --workdir '$(WORKDIR)' $(ARGS)
 
 test: $(VENV)/installed-test  ## the fast tests, on CPU, without PyTorch

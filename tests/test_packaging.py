@@ -107,6 +107,7 @@ def test_pretrain_sets_up_fetches_the_default_corpus_and_trains(checkout):
   ("config", "wants_data"),
   [
     ("experiments/shakespeare.py:tiny", True),
+    ("experiments/gpt2.py:medium,tiny", True),
     ("experiments/shakespeare_char.py", False),
     ("experiments/gpt2.py:size=medium", False),
   ],
@@ -116,6 +117,19 @@ def test_pretrain_passes_its_variables_on(checkout, config, wants_data):
   plan = run("make", "-n", "pretrain", *variables, cwd=checkout).stdout
   assert f"gptjax pretrain --config '{config}' --workdir 'a b' --config.seed=3" in plan
   assert ("gptjax.data.shakespeare" in plan) == wants_data
+
+
+def test_ci_runs_everything_in_order_and_can_be_planned(checkout):
+  plan = run("make", "-n", "ci", "ACCELERATOR=cpu", cwd=checkout).stdout
+  steps = [
+    "ruff check",
+    "test_imports.py",
+    "pytest -m slow",
+    "pytest -m hf",
+    "runs/smoke/own.txt bytes",
+  ]
+  places = [plan.index(step) for step in steps]
+  assert places == sorted(places)
 
 
 @pytest.mark.parametrize("target", ["setup", "pretrain", "test", "lint", "bench"])
