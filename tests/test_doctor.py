@@ -280,6 +280,12 @@ def test_models_of_two_architectures_are_refused():
     examine(make_params(config), config, reference=(make_params(gpt1), gpt1))
 
 
+def test_a_context_of_one_token_is_enough():
+  config = make_config("gpt2", context_length=1)
+  other = dataclasses.replace(config, norm_epsilon=1e-3)
+  assert examine(make_params(config), config, reference=(make_params(config), other)).culprit
+
+
 def test_rows_of_a_text():
   config = make_config("gpt2")
   assert text_rows(list(range(50)), config).shape == (2, 24)

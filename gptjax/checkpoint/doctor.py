@@ -283,7 +283,8 @@ class _Text:
 
 
 def _run(suspect: Suspect, tokens_BL: np.ndarray) -> Activations:
-  places = np.maximum(np.arange(tokens_BL.shape[1]) + suspect.position_offset, 0)
+  places = np.arange(tokens_BL.shape[1]) + suspect.position_offset
+  places = places.clip(0, suspect.config.context_length - 1)
   positions_BL = np.tile(places, (tokens_BL.shape[0], 1))
   return reference_activations(suspect.params, suspect.config, tokens_BL, positions_BL)
 

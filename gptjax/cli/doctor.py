@@ -10,6 +10,8 @@ from gptjax.checkpoint.doctor import TEXT, Diagnosis, examine
 from gptjax.checkpoint.models import Loaded, load_model
 from gptjax.errors import DataError
 
+_TEXT_CHARACTERS = 100_000  # more than the doctor reads
+
 
 def doctor(name: str, text_file: str | None, against: str | None, as_json: bool) -> None:
   """Examines a model and prints what was found.
@@ -38,7 +40,8 @@ def _text_ids(model: Loaded, text_file: str | None) -> list[int] | None:
   if text_file is None:
     return _builtin_ids(model)
   try:
-    text = Path(text_file).read_text(encoding="utf-8")
+    with Path(text_file).open(encoding="utf-8") as file:
+      text = file.read(_TEXT_CHARACTERS)
   except (OSError, UnicodeDecodeError) as error:
     raise DataError(f'--text "{text_file}" cannot be read: {error}') from error
   if model.tokenizer is not None:
