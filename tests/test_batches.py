@@ -109,6 +109,15 @@ def test_processes_share_a_batch_in_order(numbers, count):
     BatchSource(numbers, LENGTH, 3, ramp).batch(0, 0, 2)
 
 
+def test_a_ramp_that_processes_cannot_share_is_refused_before_it_starts(numbers):
+  ramp = BatchSchedule(12, LENGTH, ramp_start_rows=4, ramp_tokens=1000)
+  assert {4, 5, 12} <= ramp.all_sizes()
+  with pytest.raises(ConfigError, match=r"rows .* among 4 .* make .*train.accumulation a multiple"):
+    BatchSource(numbers, LENGTH, 3, ramp).batches(0, 0, 4)
+  even = BatchSchedule(12, LENGTH, ramp_start_rows=4, ramp_tokens=1000, multiple=4)
+  assert len(next(BatchSource(numbers, LENGTH, 3, even).batches(0, 0, 4)).tokens_BL) == 1
+
+
 def test_validation_scores_every_target_once(numbers):
   batches = list(valid_batches(numbers, LENGTH, 4))
   assert {batch.tokens_BL.shape for batch in batches} == {(4, LENGTH)}

@@ -76,6 +76,10 @@ class BatchSchedule:
     """Returns the tokens of all batches before this one, padding included."""
     return self.rows_before(batch) * self.context_length
 
+  def all_sizes(self) -> set[int]:
+    """Returns every number of rows that a batch has."""
+    return {self.rows(batch) for batch in range(len(self._ramp_rows))}
+
   def batches_for(self, rows: int) -> int:
     """Returns how many batches it takes to see at least this many rows."""
     ramp = len(self._ramp_rows) - 1
@@ -245,17 +249,26 @@ class BatchSource:
     Raises:
       ConfigError: the rows of the batch do not divide among the processes.
     """
-    # The batches of a ramp are multiples of the accumulation.
-    keys = "train.batch_rows" + (" and train.accumulation" if self.schedule.ramp_tokens else "")
-    indices = _share(self.schedule.rows(batch), process_index, process_count, keys)
+    indices = self._share(self.schedule.rows(batch), process_index, process_count)
     first = self.schedule.rows_before(batch)
     return _take(self._rows, [self._order[first + index] for index in indices])
 
   def batches(
     self, first: int = 0, process_index: int = 0, process_count: int = 1
   ) -> Iterator[Batch]:
-    """Yields batches from number `first` on, without end."""
+    """Yields batches from number `first` on, without end.
+
+    Raises:
+      ConfigError: at once, if the rows of any batch do not divide among the processes.
+    """
+    for rows in self.schedule.all_sizes():
+      self._share(rows, process_index, process_count)
     return (self.batch(k, process_index, process_count) for k in itertools.count(first))
+
+  def _share(self, rows: int, process_index: int, process_count: int) -> range:
+    # The batches of a ramp are multiples of the accumulation.
+    keys = "train.batch_rows" + (" and train.accumulation" if self.schedule.ramp_tokens else "")
+    return _share(rows, process_index, process_count, keys)
 
   def locate(self, batch: int, row: int) -> list[Span]:
     """Finds the text and the source bytes of one row of a batch.
