@@ -86,6 +86,13 @@ def test_missing_tracker_names_the_extra(monkeypatch, tmp_path, name, module):
   assert "\n" not in str(error.value)
 
 
+def test_trackers_refuse_object_stores():
+  with pytest.raises(ConfigError, match="gs://bucket/run") as error:
+    make_trackers(["tensorboard"], "gs://bucket/run", "{}")
+  assert "\n" not in str(error.value)
+  assert make_trackers([], "gs://bucket/run", "{}") == []
+
+
 def test_wandb_is_offline_and_keeps_its_id(monkeypatch, tmp_path):
   monkeypatch.delenv("WANDB_MODE", raising=False)
   calls, logged = [], []

@@ -18,6 +18,8 @@ SENTENCES = "the cat sat on the mat. a dog ran to the door! who is it? it is the
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("pretrain")
   folder.joinpath("text.txt").write_text(SENTENCES * 60)
+  folder.joinpath("one_line.txt").write_text(SENTENCES.strip() * 60)
+  folder.joinpath("one_token.txt").write_text("t")
   folder.joinpath("empty.txt").write_text("")
   folder.joinpath("short.txt").write_text("too short")
   folder.joinpath("experiment.py").write_text(
@@ -180,13 +182,24 @@ BAD = {
   "mesh": (["train.mode=mesh", "train.mesh_data=3"], "8"),
   "mesh without effect": (["train.mesh_fsdp=2"], "mesh"),
   "devices": (["train.host_devices=3"], "host_devices"),
-}
+  "prompt": (["eval.sample_prompts=('THE',)"], "eval.sample_prompts"),
+  "empty prompt": (["data.files=['{folder}/one_line.txt']"], "eval.sample_prompts"),
+  "another architecture": (["init_from={run}", "model.activation=relu"], "model.activation"),
+  "another tokenizer": (
+    ["init_from={run}", "data.files=['{folder}/one_line.txt']", "eval.sample_tokens=0",
+     "model.vocab_size=19"],
+    "tokenizer",
+  ),
+  "validation of a token": (
+    ["data.valid_files=['{folder}/one_token.txt']"], "validation split has 1 tokens"
+  ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_and_status_2(case, folder, capsys):
+def test_bad_input_is_one_line_and_status_2(case, folder, run, capsys):
   overrides, expected = BAD[case]
-  overrides = [override.format(folder=folder) for override in overrides]
+  overrides = [override.format(folder=folder, run=run.path) for override in overrides]
   assert pretrain(folder, folder / f"bad {case}", *overrides) == 2
   lines = capsys.readouterr().err.strip().splitlines()
   assert lines[-1].startswith("gptjax: ")
@@ -199,6 +212,30 @@ def test_a_run_of_another_config_is_left_alone(run, folder, capsys):
   assert pretrain(folder, run.path, "optimizer.learning_rate=0.5") == 2
   assert "optimizer.learning_rate" in capsys.readouterr().err
   assert run.metrics_path.read_bytes() == before
+
+
+def test_other_data_are_refused_on_resume(run, folder, capsys):
+  """The same files by name, with as many characters."""
+  copy, text = folder / "other data", folder / "text.txt"
+  shutil.copytree(run.path, copy)
+  shutil.rmtree(copy / "checkpoints" / "12")
+  content = text.read_text()
+  try:
+    text.write_text(content.replace("cat", "tac"))
+    assert pretrain(folder, copy) == 2
+  finally:
+    text.write_text(content)
+  assert "data.json" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_run_without_regular_evaluation_evaluates_and_saves_at_its_end(folder):
+  overrides = ("eval.every_steps=0", "train.save_every_steps=None", "eval.sample_tokens=0",
+               "train.num_steps=3")  # fmt: skip
+  assert pretrain(folder, folder / "plain", *overrides) == 0
+  done = RunDirectory(folder / "plain")
+  assert done.latest_step() == 3 and not done.read_samples()
+  assert [line["step"] for line in done.read_metrics() if "valid_loss" in line] == [3]
 
 
 @pytest.mark.slow
@@ -217,7 +254,7 @@ def show(folder, *arguments):
 
 def test_data_show_finds_the_bytes(run, folder, capsys):
   assert show(folder, "--step", "3", "--row", "5", "--json") == 0
-  (span,) = json.loads(capsys.readouterr().out)
+  (span,) = json.loads(capsys.readouterr().out)["spans"]
   source = folder.joinpath("text.txt").read_bytes()
   assert len(span["text"]) == 17
   assert source[span["start_byte"] : span["end_byte"]].decode() == span["text"]

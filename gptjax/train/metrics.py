@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
+from gptjax.checkpoint.run_directory import is_remote
 from gptjax.errors import ConfigError
 
 # The order in which a line lists its fields; others follow as they come.
@@ -99,8 +100,13 @@ def make_trackers(
     resume_step: the restored step; what a tracker holds after it will be written again.
 
   Raises:
-    ConfigError: a tracker's package is not installed.
+    ConfigError: a tracker's package is not installed, or the run is on an object store.
   """
+  if names and is_remote(workdir):
+    raise ConfigError(
+      f'train.trackers {", ".join(names)} write local files only, and the run is in "{workdir}";'
+      " leave them out (metrics.jsonl has every number), or choose a local --workdir"
+    )
   makers = {"tensorboard": TensorBoardTracker, "wandb": WandbTracker}
   return [makers[name](workdir, config_json, resume_step) for name in names]
 

@@ -453,15 +453,15 @@ class Pretraining:
       yield parallel.shard_batch(batch, self.config.train.accumulation)
 
   def _metrics_writer(self, start_step: int) -> MetricsWriter:
-    if self.parallel.process_index:
-      return MetricsWriter(lambda line: None)
-    trackers = make_trackers(
-      self.config.train.trackers,
-      str(self.run.path),
-      config_lib.to_json(self.config),
-      resume_step=start_step,
-    )
-    return MetricsWriter(self.run.append_metrics, trackers)
+    is_first = self.parallel.process_index == 0
+    with ending_together(self.parallel):
+      trackers = make_trackers(
+        self.config.train.trackers if is_first else (),
+        str(self.run.path),
+        config_lib.to_json(self.config),
+        resume_step=start_step,
+      )
+    return MetricsWriter(self.run.append_metrics if is_first else lambda line: None, trackers)
 
   def _write(self, step: int, line: Line) -> None:
     if not self.config.train.z_loss:
