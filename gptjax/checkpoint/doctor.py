@@ -33,6 +33,7 @@ PyTree = Any
 MARGIN = 0.02
 MARGIN_ERRORS = 4
 # Enough where the change also restores what was published.
+MARGIN_PUBLISHED = 0.001
 MARGIN_ERRORS_PUBLISHED = 2
 # And the model without the mistake must know the language: its loss as a part of chance's.
 KNOWS_LANGUAGE = 0.9
@@ -76,9 +77,10 @@ class Trial:
   @property
   def is_likelier(self) -> bool:
     """Whether it makes the text likelier by a clear margin."""
-    if self.gain is None or not self.gain > 0:
+    if self.gain is None:
       return False
-    if self.is_published and self.gain > MARGIN_ERRORS_PUBLISHED * self.gain_error:
+    published = max(MARGIN_PUBLISHED, MARGIN_ERRORS_PUBLISHED * self.gain_error)
+    if self.is_published and self.gain > published:
       return True
     return self.gain > max(MARGIN, MARGIN_ERRORS * self.gain_error)
 

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax.checkpoint import store as store_lib
 from gptjax.checkpoint.convert import load_foreign
 from gptjax.checkpoint.foreign_config import Report, read_foreign_config
 from gptjax.checkpoint.resolve import Model, resolve_model
@@ -142,7 +141,7 @@ def load_run(
   config = read_run_config(run)
   with CheckpointStore(run.checkpoints_path) as store:
     abstract = _abstract_params(config, dtype, parallel, store)
-    restored = _restore(store, "ema" if _keeps_average(run) else "params", abstract)
+    restored = store.restore_params(abstract, item="ema" if _keeps_average(run) else "params")
   for line in restored.skipped:
     report(line)
   params = restored.state if parallel is None else parallel.from_saved(restored.state)
@@ -200,20 +199,3 @@ def _abstract_params(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
     jax.eval_shape(zeros, key),
   )
-
-
-def _restore(store: CheckpointStore, item: str, abstract: PyTree) -> store_lib.Restored:
-  """Restores one item of the state, as `CheckpointStore.restore_params` does the parameters."""
-  if item == "params":
-    return store.restore_params(abstract)
-
-  def restore(folder):
-    store_lib._check_whole(folder)
-    tree = {item: abstract}
-    leaves = store_lib._read_record(folder)["leaves"]
-    store_lib._check_same_model(folder, leaves, tree, whole=False)
-    return store_lib._read_arrays(folder, tree)[item]
-
-  restored, damaged = store._restore_newest(restore, store._candidates(None))
-  restored.skipped.extend(f"checkpoint {s} skipped, {why}" for s, why in damaged.items())
-  return restored
