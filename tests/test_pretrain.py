@@ -2,10 +2,14 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
+from test_rendezvous import free_port
 
 from gptjax.checkpoint.run_directory import RunDirectory
 from gptjax.cli.main import main
@@ -163,6 +167,40 @@ def test_a_diverging_run_stops_and_names_what_went_bad(folder, capsys):
   message = capsys.readouterr().err.strip().splitlines()[-1]
   assert "3 updates in a row were skipped" in message
   assert "decoder/" in message
+
+
+def start_process(folder, workdir, port, process_id, *overrides):
+  settings = ("train.mode=mesh", "train.mesh_data=1", "train.mesh_fsdp=4", "train.host_devices=2",
+              f"train.coordinator=127.0.0.1:{port}", "train.num_processes=2",
+              f"train.process_id={process_id}", "train.num_steps=2", *overrides)  # fmt: skip
+  command = [sys.executable, "-m", "gptjax", "pretrain", "--config", f"{folder}/experiment.py"]
+  command += ["--workdir", str(workdir), *(f"--config.{setting}" for setting in settings)]
+  environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+  return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def run_two_processes(folder, workdir, *overrides):
+  """Returns [(status, last line of standard error)]."""
+  port = free_port()
+  processes = [start_process(folder, workdir, port, i, *overrides) for i in range(2)]
+  messages = [process.communicate(timeout=300)[1] for process in processes]
+  return [(p.returncode, text.splitlines()[-1]) for p, text in zip(processes, messages)]
+
+
+@pytest.mark.slow
+def test_two_processes_share_one_model_and_end_together(folder):
+  """They train, evaluate and sample parameters split over both; what one refuses ends both."""
+  workdir = folder / "two"
+  results = run_two_processes(folder, workdir)
+  assert [status for status, _ in results] == [0, 0], results
+  done = RunDirectory(workdir)
+  assert done.latest_step() == 2 and len(done.read_samples()) == 2
+  assert math.isfinite(done.read_metrics()[-1]["valid_loss"])
+  (status, message), (other_status, other_message) = run_two_processes(
+    folder, workdir, "optimizer.learning_rate=0.5"
+  )
+  assert (status, other_status) == (2, 2)
+  assert "optimizer.learning_rate" in message and "another process" in other_message
 
 
 BAD = {
