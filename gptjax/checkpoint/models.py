@@ -159,9 +159,10 @@ def save_run(
   run = RunDirectory(path)
   if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
     raise CheckpointError(f'"{path}" exists and is not empty; choose another folder or remove it')
-  fields = json.dumps({"model": dataclasses.asdict(config)}, indent=2) + "\n"
+  # What reads a run asks whether it kept an average.
+  fields = {"model": dataclasses.asdict(config), "optimizer": {"ema_decay": 0.0}}
   with run.lock():
-    run.create_or_check(fields, tokenizer)
+    run.create_or_check(json.dumps(fields, indent=2) + "\n", tokenizer)
     with CheckpointStore(run.checkpoints_path) as store:
       store.save(0, {"params": jax.tree.map(jnp.asarray, params)})
 
@@ -172,9 +173,7 @@ def read_run_config(run: RunDirectory) -> ModelConfig:
 
 
 def _keeps_average(run: RunDirectory) -> bool:
-  # What `save_run` wrote has no optimizer.
-  optimizer = run.read_config().get("optimizer", {})
-  return optimizer.get("ema_decay", 0) > 0
+  return run.read_config()["optimizer"]["ema_decay"] > 0
 
 
 def _abstract_params(
