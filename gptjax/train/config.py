@@ -220,7 +220,7 @@ class PretrainConfig:
   Attributes:
     model, data, optimizer, train, eval: the groups.
     seed: of initialisation, data order, dropout and samples.
-    init_from: a model to start from (run directory or Hugging Face folder); "" is from scratch.
+    init_from: a run directory whose parameters to start from; "" is from scratch.
     tags: free notes kept with the run: {"paper": "..."}.
   """
 
