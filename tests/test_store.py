@@ -560,3 +560,11 @@ def test_record_and_checksums_are_plain_json(checkpoints):
     checksums["record/metadata"][0] == (checkpoints / "2" / "record" / "metadata").stat().st_size
   )
   assert record["leaves"]["params/decoder/kernel"] == [[8, 64], "float32"]
+
+
+def test_a_relative_path_works(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  state = {"params": {"x": jnp.arange(3.0)}}
+  with CheckpointStore("relative/checkpoints") as store:
+    assert store.save(1, state)
+  assert CheckpointStore(tmp_path / "relative" / "checkpoints").latest_step() == 1

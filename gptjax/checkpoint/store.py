@@ -14,6 +14,7 @@ import fnmatch
 import json
 import logging
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -83,7 +84,8 @@ class CheckpointStore:
       metric: and the one whose metric of this name is lowest.
     """
     _quiet_orbax()
-    self.path = epath.Path(path)
+    # Orbax takes absolute paths only.
+    self.path = epath.Path(path if is_remote(path) else os.path.abspath(path))
     self._keep_latest = keep_latest
     self._keep_every_steps = keep_every_steps
     self._metric = metric
