@@ -35,9 +35,9 @@ TRAINED = {
 }
 
 
-def train(config, num_steps=120):
-  """Learns the first rows of TEXT by heart."""
-  rows_BL = np.array(IDS[: 8 * 32], np.int32).reshape(8, 32)
+def train(config, num_steps=70):
+  """Learns by heart the rows of TEXT that the doctor reads."""
+  rows_BL = np.array(IDS[: 4 * 32], np.int32).reshape(-1, 32)
   inputs, targets = rows_BL[:, :-1], rows_BL[:, 1:]
   batch = Batch(inputs, targets, np.ones(inputs.shape, np.float32))
   optimizer = optax.adam(optax.cosine_decay_schedule(1e-2, num_steps))
@@ -152,7 +152,7 @@ def test_a_planted_mistake_is_named_by_the_text(trained, name):
   assert diagnosis.disagreement is None
   assert diagnosis.culprit.kind == kind
   assert change in diagnosis.culprit.change
-  assert not diagnosis.is_healthy
+  assert not diagnosis.is_healthy and diagnosis.is_faulty
   assert diagnosis.verdict.startswith(f"{kind}: ")
   assert diagnosis.culprit.change in diagnosis.verdict
 
@@ -177,7 +177,7 @@ def test_a_right_model_is_healthy(trained, family):
 def test_an_untrained_model_is_not_blamed_on_a_mistake():
   config = make_config("gpt2", **TRAINED)
   diagnosis = examine(make_params(config), config, IDS)
-  assert diagnosis.culprit is None and not diagnosis.is_healthy
+  assert diagnosis.culprit is None and not diagnosis.is_healthy and not diagnosis.is_faulty
   assert "no better than chance" in diagnosis.verdict
 
 
@@ -233,7 +233,7 @@ def test_a_changed_weight_is_found(path, first):
 
   diagnosis = examine(params, config, reference=(replaced(params, path, spoil), config))
   assert diagnosis.disagreement.name == first
-  assert diagnosis.culprit is None
+  assert diagnosis.culprit is None and diagnosis.is_faulty
   assert first.split("/")[-1] in diagnosis.verdict and "no known mistake" in diagnosis.verdict
 
 
@@ -309,7 +309,7 @@ def folders(trained, tmp_path_factory):
 
 
 def test_the_verb_prints_a_table_and_a_verdict(folders, capsys):
-  assert main(["doctor", str(folders / "wrong")]) == 0
+  assert main(["doctor", str(folders / "wrong")]) == 1
   out = capsys.readouterr().out
   marked = [line for line in out.splitlines() if line.endswith("<--")]
   assert len(marked) == 1 and "attention_scale sqrt_head_dim instead of one" in marked[0]
@@ -318,7 +318,7 @@ def test_the_verb_prints_a_table_and_a_verdict(folders, capsys):
 
 def test_the_verb_prints_json(folders, capsys):
   arguments = ["doctor", str(folders / "wrong"), "--against", str(folders / "right"), "--json"]
-  assert main(arguments) == 0
+  assert main(arguments) == 1
   facts = json.loads(capsys.readouterr().out)
   assert facts["disagreement"]["activation"] == "layers/0/mixed"
   assert facts["culprit"]["kind"] == "attention scale" and not facts["is_healthy"]

@@ -1,6 +1,7 @@
 """Our decoder against the NumPy reference, one piece at a time."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -79,10 +80,9 @@ def compare(
     layers, are of a whole pass as a model is used.
   """
   found = {}
-  tokens_BL = jnp.asarray(tokens_BL)
-  batch = Batch(tokens_BL, tokens_BL, jnp.ones(tokens_BL.shape))
+  batch = _batch(tokens_BL)
   with jax.default_matmul_precision("highest"):
-    found["embedding"] = embed(params["decoder"], tokens_BL, None, config)
+    found["embedding"] = embed(params["decoder"], batch.tokens_BL, None, config)
     x_TD = _flat(expected["embedding"])
     for index in range(config.num_layers):
       prefix = f"layers/{index}/"
@@ -91,8 +91,7 @@ def compare(
       pieces = _layer_pieces(layer, x_TD, theirs, batch, config, index)
       found |= {prefix + name: array for name, array in pieces.items()}
       x_TD = _flat(theirs["output"])
-    hidden_BLD = hidden_states(params["decoder"], batch, config)
-    found |= {"final_norm": hidden_BLD, "logits": lm_logits(params, hidden_BLD, config)}
+    found["final_norm"], found["logits"] = _whole_pass(params, batch, config)
   return [
     Comparison(name, relative_error(found[name], array))
     for name, array in expected.items()
@@ -102,11 +101,21 @@ def compare(
 
 def decoder_logits(params: PyTree, config: ModelConfig, tokens_BL: np.ndarray) -> np.ndarray:
   """Returns the logits of our decoder, float32 [B, L, V], in true float32."""
-  tokens_BL = jnp.asarray(tokens_BL)
-  batch = Batch(tokens_BL, tokens_BL, jnp.ones(tokens_BL.shape))
   with jax.default_matmul_precision("highest"):
-    hidden_BLD = hidden_states(params["decoder"], batch, config)
-    return np.asarray(lm_logits(params, hidden_BLD, config))
+    return np.asarray(_whole_pass(params, _batch(tokens_BL), config)[1])
+
+
+def _batch(tokens_BL: np.ndarray) -> Batch:
+  tokens_BL = jnp.asarray(tokens_BL)
+  return Batch(tokens_BL, tokens_BL, jnp.ones(tokens_BL.shape))
+
+
+# Compiled once: run as it stands, the scan over the layers would be compiled at every call.
+@functools.partial(jax.jit, static_argnames="config")
+def _whole_pass(params: PyTree, batch: Batch, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+  """Returns what the head reads [B, L, D], and the logits [B, L, V]."""
+  hidden_BLD = hidden_states(params["decoder"], batch, config)
+  return hidden_BLD, lm_logits(params, hidden_BLD, config)
 
 
 def relative_error(found: Any, expected: np.ndarray) -> float:

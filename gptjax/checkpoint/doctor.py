@@ -138,10 +138,14 @@ class Diagnosis:
     ]
 
   @property
+  def is_faulty(self) -> bool:
+    """Whether something is wrong with the checkpoint, and was found."""
+    return bool(self.not_finite or self.disagreement or self.culprit)
+
+  @property
   def is_healthy(self) -> bool:
-    """Whether nothing wrong was found."""
-    knows_text = self.loss is None or self.loss < self.chance
-    return not self.not_finite and not self.disagreement and not self.culprit and knows_text
+    """Whether nothing wrong was found, and the model knows the text, if there is one."""
+    return not self.is_faulty and (self.loss is None or self.loss < self.chance)
 
   @property
   def verdict(self) -> str:

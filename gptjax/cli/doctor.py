@@ -13,8 +13,8 @@ from gptjax.errors import DataError
 _TEXT_CHARACTERS = 100_000  # more than the doctor reads
 
 
-def doctor(name: str, text_file: str | None, against: str | None, as_json: bool) -> None:
-  """Examines a model and prints what was found.
+def doctor(name: str, text_file: str | None, against: str | None, as_json: bool) -> int:
+  """Examines a model, prints what was found, and returns 1 if it is a fault, else 0.
 
   Args:
     name: model argument.
@@ -34,6 +34,7 @@ def doctor(name: str, text_file: str | None, against: str | None, as_json: bool)
     print(json.dumps(json.loads(facts, parse_constant=lambda word: None)))
   else:
     print(_to_table(diagnosis))
+  return int(diagnosis.is_faulty)
 
 
 def _text_ids(model: Loaded, text_file: str | None) -> list[int] | None:

@@ -5,6 +5,7 @@ A verb's imports are its own, so that `gptjax --version` does not wait for jax.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
@@ -17,7 +18,7 @@ _MODEL_HELP = "run directory, Hugging Face folder, other library's file, or hub 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs one verb and returns the exit status: 0, or 2 for what the user can mend."""
+  """Runs one verb and returns the exit status: 0, the verb's own, or 2 for what users can mend."""
   arguments = list(sys.argv[1:] if arguments is None else arguments)
   try:
     arguments, overrides = split_overrides(arguments)
@@ -25,14 +26,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if overrides and "config" not in options:
       raise ConfigError(f"{CONFIG_PREFIX}{next(iter(overrides))} has no effect without --config")
     options.overrides = overrides
-    options.run(options)
+    return options.run(options) or 0
   except UserError as error:
     print(f"gptjax: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
   except KeyboardInterrupt:
     print("gptjax: interrupted", file=sys.stderr)
     return 130
-  return 0
+  except BrokenPipeError:  # of `| head`, which has seen enough; Python flushes again as it ends
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -109,7 +112,7 @@ def _make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
   convert.add_argument("--to", required=True, choices=["hf", "gptjax"], help="the format")
   convert.add_argument("--dtype", help="float32, bfloat16 or float16; default: as it is")
 
-  doctor = add_verb("doctor", _doctor, "Find what is wrong with a converted checkpoint.")
+  doctor = add_verb("doctor", _doctor, "Find what is wrong with a checkpoint; status 1 if it is found.")
   _add_model(doctor)
   doctor.add_argument("--text", help="file the model should find likely; default: plain English")
   doctor.add_argument("--against", help="the same model from elsewhere, for the reference to run")
@@ -145,7 +148,7 @@ def _data_show(options: argparse.Namespace) -> None:
   config = _pretrain_config(options)
   if options.step < 1:
     raise ConfigError(f"--step is {options.step}; updates are counted from 1")
-  from gptjax.train.pretrain import show_row
+  from gptjax.train.setup import show_row
 
   spans = show_row(config, options.step - 1, options.row)
   if options.json:
@@ -168,7 +171,7 @@ def _convert(options: argparse.Namespace) -> None:
   convert(options.source, options.destination, options.to, options.dtype)
 
 
-def _doctor(options: argparse.Namespace) -> None:
+def _doctor(options: argparse.Namespace) -> int:
   from gptjax.cli.doctor import doctor
 
-  doctor(options.model, options.text, options.against, options.json)
+  return doctor(options.model, options.text, options.against, options.json)
