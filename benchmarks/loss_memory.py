@@ -21,7 +21,7 @@ from gptjax.parallel import make_parallel
 from gptjax.report import format_bytes
 from gptjax.train.config import PretrainConfig
 from gptjax.train.loss import chunked_next_token_loss
-from gptjax.train.pretrain import start_devices
+from gptjax.train.setup import start_devices
 
 
 @dataclasses.dataclass(frozen=True)

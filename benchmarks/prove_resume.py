@@ -38,6 +38,7 @@ from gptjax.config import from_config_dict, load_experiment
 from gptjax.data.batches import BatchSource
 from gptjax.data.prepare import prepare_data
 from gptjax.train import pretrain as pretrain_lib
+from gptjax.train import setup
 from gptjax.train.config import PretrainConfig
 from gptjax.tree import named_leaves
 
@@ -244,8 +245,7 @@ def layout_run(folder: Path, num_devices: int, layout: Layout, optimizer: str) -
 def data_digest(config: PretrainConfig) -> str:
   """Hashes the rows of all batches, in order."""
   prepared = prepare_data(config.data, report=lambda line: None)
-  parallel = pretrain_lib.make_parallel(config)
-  schedule = pretrain_lib.batch_schedule(config, parallel)
+  schedule = setup.batch_schedule(config)
   source = BatchSource(prepared, config.model.context_length, config.seed, schedule)
   digest = hashlib.sha256()
   for step in range(LAYOUT_STEPS):

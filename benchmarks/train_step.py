@@ -31,13 +31,13 @@ from benchmarks.common import (
 )
 from gptjax.batch import Batch
 from gptjax.config import apply_overrides, from_config_dict, load_experiment, to_config_dict
-from gptjax.data.batches import BatchSource, prefetch
+from gptjax.data.batches import BatchSource
+from gptjax.data.prefetch import prefetch
 from gptjax.data.prepare import prepare_data
 from gptjax.model.config import ModelConfig
 from gptjax.model.parameters import init_parameters
 from gptjax.parallel import Parallel, Program
-from gptjax.train import hardware
-from gptjax.train import pretrain as pretrain_lib
+from gptjax.train import hardware, setup
 from gptjax.train.config import PretrainConfig, TrainConfig
 from gptjax.train.loop import Loop
 from gptjax.train.optimizer import hyperparameters
@@ -68,14 +68,14 @@ def make_ours(config: PretrainConfig, row_tokens: int | None = None):
   Args:
     config: without data, random rows of `row_tokens` are trained on.
   """
-  pretrain_lib.start_devices(config)
-  parallel = pretrain_lib.make_parallel(config)
+  setup.start_devices(config)
+  parallel = setup.make_parallel(config)
   if config.data.is_empty:
     rows = itertools.repeat(random_batch(config.train.batch_rows, row_tokens, config.model))
   else:
     prepared = prepare_data(config.data, report=lambda line: None)
-    config = pretrain_lib.resolve_model(config, prepared)
-    schedule = pretrain_lib.batch_schedule(config, parallel)
+    config = setup.resolve_model(config, prepared)
+    schedule = setup.batch_schedule(config)
     rows = BatchSource(prepared, config.model.context_length, config.seed, schedule).batches()
   batches = prefetch((parallel.shard_batch(batch, config.train.accumulation) for batch in rows), 2)
   state, train_step = start_step(config, parallel)

@@ -10,7 +10,7 @@ Command: gptjax pretrain --config experiments/gpt1_117m.py --workdir gs://BUCKET
 Hardware, time, metric: not yet run. The paper has a token perplexity of 18.4 on BooksCorpus.
 """
 
-from gptjax.config import parse_arg, shrink, to_config_dict
+from gptjax.config import parse_arg, set_for_accelerators, shrink, to_config_dict
 from gptjax.model.presets import preset
 from gptjax.train.config import PretrainConfig
 
@@ -19,12 +19,11 @@ def get_config(arg=None):
   """The paper's recipe."""
   arg = parse_arg(arg, tiny=False)
   config = to_config_dict(PretrainConfig(model=preset("gpt1")))
+  set_for_accelerators(config)
   config.data.files = ("data/books/*.txt",)
   config.data.valid_fraction = 0.01
   config.data.tokenizer = "bpe"
   config.data.vocab_size = 40_478
-
-  config.model.compute_dtype = "bfloat16"
 
   config.optimizer.learning_rate = 2.5e-4
   config.optimizer.end_fraction = 0.0
@@ -34,10 +33,6 @@ def get_config(arg=None):
 
   config.train.num_epochs = 100.0
   config.train.batch_rows = 64
-  config.train.host_devices = 1
-  config.train.save_every_steps = 1_000
-  config.eval.every_steps = 1_000
-  config.eval.max_rows = 1_024
   if arg.tiny:
     shrink(config)
   return config

@@ -8,7 +8,7 @@ Command: gptjax pretrain --config experiments/gpt2.py:small --workdir gs://BUCKE
 Hardware, time, metric: not yet run. nanoGPT's README has 2.85 nats on OpenWebText for 124M.
 """
 
-from gptjax.config import parse_arg, shrink, to_config_dict
+from gptjax.config import parse_arg, set_for_accelerators, shrink, to_config_dict
 from gptjax.errors import check_choice
 from gptjax.model.presets import preset
 from gptjax.train.config import PretrainConfig
@@ -21,12 +21,12 @@ def get_config(arg=None):
   arg = parse_arg(arg, size="small", tiny=False)
   check_choice("size", arg.size, PRESETS)
   config = to_config_dict(PretrainConfig(model=preset(PRESETS[arg.size])))
+  set_for_accelerators(config)
   config.data.hub = "HuggingFaceFW/fineweb:sample-10BT"
   config.data.valid_fraction = 0.001
   config.data.tokenizer = "bpe"
   config.data.vocab_size = 50_257
 
-  config.model.compute_dtype = "bfloat16"
   config.model.remat = "none" if arg.size == "small" else "dots"
 
   config.optimizer.learning_rate = 6e-4
@@ -39,10 +39,6 @@ def get_config(arg=None):
   config.train.batch_rows = 512
   config.train.accumulation = 4
   config.train.loss_chunk_tokens = 16_384
-  config.train.host_devices = 1
-  config.train.save_every_steps = 1_000
-  config.eval.every_steps = 1_000
-  config.eval.max_rows = 1_024
   if arg.tiny:
     shrink(config)
   return config

@@ -11,7 +11,7 @@ Command: gptjax pretrain --config experiments/gpt3.py:small --workdir gs://BUCKE
 Hardware, time, metric: not yet run.
 """
 
-from gptjax.config import parse_arg, shrink, to_config_dict
+from gptjax.config import parse_arg, set_for_accelerators, shrink, to_config_dict
 from gptjax.errors import check_choice
 from gptjax.model.presets import preset
 from gptjax.train.config import PretrainConfig
@@ -35,12 +35,12 @@ def get_config(arg=None):
   check_choice("size", arg.size, RECIPES)
   batch_rows, learning_rate, ramp_tokens = RECIPES[arg.size]
   config = to_config_dict(PretrainConfig(model=preset(f"gpt3-{arg.size}")))
+  set_for_accelerators(config)
   config.data.hub = "HuggingFaceFW/fineweb:sample-350BT"
   config.data.valid_fraction = 0.0001
   config.data.tokenizer = "bpe"
   config.data.vocab_size = 50_257
 
-  config.model.compute_dtype = "bfloat16"
   config.model.remat = "dots"
 
   config.optimizer.learning_rate = learning_rate
@@ -57,10 +57,6 @@ def get_config(arg=None):
   config.train.ramp_start_rows = 16  # 32k tokens
   config.train.ramp_tokens = int(ramp_tokens)
   config.train.loss_chunk_tokens = 16_384
-  config.train.host_devices = 1
-  config.train.save_every_steps = 1_000
-  config.eval.every_steps = 1_000
-  config.eval.max_rows = 1_024
   if arg.tiny:
     shrink(config)
   return config

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
+from gptjax.details import details_without_effect
 from gptjax.errors import ConfigError, did_you_mean
 
 DataclassT = TypeVar("DataclassT")
@@ -152,7 +153,8 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
   """Sets dotted keys of `config` from command-line text, in place.
 
   An override that names another text (CORPUS_NAMES) takes the place of all of the experiment's:
-  of CORPUS_DEFAULTS, keys without an override of their own go back to their defaults.
+  of CORPUS_DEFAULTS, keys without an override of their own go back to their defaults. So do the
+  details of a choice (`gptjax.details`) that another choice does not use.
 
   Args:
     config: as an experiment's get_config returned it.
@@ -162,6 +164,7 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
   Raises:
     ConfigError: the key does not exist (with the nearest one), or a group is overwritten.
   """
+  values = {}
   for dotted, text in overrides.items():
     group, names = config, dotted.split(".")
     for depth, name in enumerate(names):
@@ -174,7 +177,10 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
     old = group[names[-1]]
     if isinstance(old, ConfigDict) and (old.is_locked or not isinstance(value, dict)):
       raise ConfigError(f'config key "{dotted}" is a group; set one of its keys instead')
-    group[names[-1]] = value
+    group[names[-1]] = values[dotted] = value
+  for dotted, default in details_without_effect(values).items():
+    group, key = dotted.split(".")
+    config[group][key] = default
   named = {key for key in CORPUS_NAMES if f"data.{key}" in overrides and config.data[key]}
   if named:
     # In a mixture each corpus has a valid_fraction of its own.
@@ -247,13 +253,22 @@ def shrink(config: ConfigDict) -> None:
   config.optimizer.update(warmup_steps=4, warmup_tokens=None, warmup_fraction=None)
   config.optimizer.update(decay_steps=None, decay_tokens=None)
   config.train.update(num_steps=40, num_tokens=None, num_epochs=None, batch_rows=8, accumulation=1)
-  config.train.update(ramp_start_rows=0, ramp_tokens=0, save_every_steps=None)
+  config.train.update(ramp_start_rows=0, ramp_tokens=0, save_every_steps=None, keep_every_steps=0)
   config.eval.update(every_steps=20, max_rows=64, sample_tokens=40)
   config.data.update(tokenizer="bpe", vocab_size=512)
   if any(config.data[key] for key in CORPUS_NAMES):
     _set_keys(config.data, CORPUS_DEFAULTS)
     config.data.files = ("data/shakespeare/train/*.txt",)
     config.data.valid_files = ("data/shakespeare/valid/*.txt",)
+
+
+def set_for_accelerators(config: ConfigDict) -> None:
+  """Sets what long runs on GPUs and TPUs share, in place: bfloat16, rare and bounded evaluation."""
+  config.model.compute_dtype = "bfloat16"
+  config.train.host_devices = 1
+  config.train.save_every_steps = 1_000
+  config.eval.every_steps = 1_000
+  config.eval.max_rows = 1_024
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> types.SimpleNamespace:

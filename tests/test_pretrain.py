@@ -36,7 +36,7 @@ def get_config(arg=None):
   shrink(config)
   config.data.files = ("{folder}/text.txt",)
   config.data.cache_dir = "{folder}/tokens"
-  config.data.tokenizer = "char"
+  config.data.update(tokenizer="char", vocab_size=4096)
   config.data.end_token = ""
   config.model.context_length = 16
   config.model.model_dim = 16

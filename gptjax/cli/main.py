@@ -112,7 +112,7 @@ def _make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
   convert.add_argument("--to", required=True, choices=["hf", "gptjax"], help="the format")
   convert.add_argument("--dtype", help="float32, bfloat16 or float16; default: as it is")
 
-  doctor = add_verb("doctor", _doctor, "Find what is wrong with a checkpoint; status 1 if it is found.")
+  doctor = add_verb("doctor", _doctor, "Find what is wrong with a checkpoint; then status 1.")
   _add_model(doctor)
   doctor.add_argument("--text", help="file the model should find likely; default: plain English")
   doctor.add_argument("--against", help="the same model from elsewhere, for the reference to run")

@@ -5,97 +5,23 @@ new in every epoch and without replacement within one; no state is kept, so resu
 nothing and any batch can be looked up again.
 """
 
-import contextlib
-import dataclasses
 import functools
 import hashlib
 import itertools
-import queue
-import threading
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Protocol, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Protocol
 
 import grain
 import jax
 import numpy as np
 
 from gptjax.batch import Batch
+from gptjax.data.batch_schedule import BatchSchedule, check_divides
 from gptjax.data.locate import Span, find_spans
 from gptjax.data.packing import open_packing_plan
 from gptjax.data.prepare import PreparedData
 from gptjax.data.token_files import TokenFiles
 from gptjax.errors import ConfigError, DataError
-
-ItemT = TypeVar("ItemT")
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchSchedule:
-  """How many rows each batch has.
-
-  Attributes:
-    batch_rows: rows of a batch, once the ramp is over.
-    context_length: tokens of a row.
-    ramp_start_rows, ramp_tokens: rows grow linearly in tokens seen, from ramp_start_rows to
-      batch_rows over the first ramp_tokens tokens; 0 tokens is no ramp.
-    multiple: every batch is a multiple of this many rows.
-
-  Source: Brown et al. 2020, appendix B.
-  """
-
-  batch_rows: int
-  context_length: int
-  ramp_start_rows: int = 0
-  ramp_tokens: int = 0
-  multiple: int = 1
-
-  def __post_init__(self):
-    if bool(self.ramp_start_rows) != bool(self.ramp_tokens):
-      raise ConfigError("train.ramp_start_rows and train.ramp_tokens need each other; set both")
-    if self.ramp_start_rows > self.batch_rows:
-      raise ConfigError(
-        f"train.ramp_start_rows {self.ramp_start_rows} is above train.batch_rows"
-        f" {self.batch_rows}; a ramp grows"
-      )
-    if self.batch_rows % self.multiple:
-      raise ConfigError(
-        f"train.batch_rows is {self.batch_rows}; with these devices and this accumulation it must"
-        f" be a multiple of {self.multiple}"
-      )
-
-  def rows(self, batch: int) -> int:
-    """Returns the rows of a batch."""
-    return self.rows_before(batch + 1) - self.rows_before(batch)
-
-  def rows_before(self, batch: int) -> int:
-    """Returns the rows of all batches before this one."""
-    ramp = len(self._ramp_rows) - 1
-    return self._ramp_rows[min(batch, ramp)] + max(batch - ramp, 0) * self.batch_rows
-
-  def tokens_before(self, batch: int) -> int:
-    """Returns the tokens of all batches before this one, padding included."""
-    return self.rows_before(batch) * self.context_length
-
-  def all_sizes(self) -> set[int]:
-    """Returns every number of rows that a batch has."""
-    return {self.rows(batch) for batch in range(len(self._ramp_rows))}
-
-  def batches_for(self, rows: int) -> int:
-    """Returns how many batches it takes to see at least this many rows."""
-    ramp = len(self._ramp_rows) - 1
-    if rows > self._ramp_rows[ramp]:
-      return ramp + -(-(rows - self._ramp_rows[ramp]) // self.batch_rows)
-    return next(k for k, before in enumerate(self._ramp_rows) if before >= rows)
-
-  @functools.cached_property
-  def _ramp_rows(self) -> list[int]:
-    """Rows before each batch of the ramp, and before the first batch after it."""
-    before = [0]
-    while (tokens := before[-1] * self.context_length) < self.ramp_tokens:
-      grown = (self.batch_rows - self.ramp_start_rows) * tokens / self.ramp_tokens
-      rounded = round((self.ramp_start_rows + grown) / self.multiple) * self.multiple
-      before.append(before[-1] + max(rounded, self.multiple))
-    return before
 
 
 class Rows(Protocol):
@@ -249,26 +175,17 @@ class BatchSource:
     Raises:
       ConfigError: the rows of the batch do not divide among the processes.
     """
-    indices = self._share(self.schedule.rows(batch), process_index, process_count)
+    self.schedule.check_processes(process_count)
+    indices = _share(self.schedule.rows(batch), process_index, process_count)
     first = self.schedule.rows_before(batch)
     return _take(self._rows, [self._order[first + index] for index in indices])
 
   def batches(
     self, first: int = 0, process_index: int = 0, process_count: int = 1
   ) -> Iterator[Batch]:
-    """Yields batches from number `first` on, without end.
-
-    Raises:
-      ConfigError: at once, if the rows of any batch do not divide among the processes.
-    """
-    for rows in self.schedule.all_sizes():
-      self._share(rows, process_index, process_count)
-    return (self.batch(k, process_index, process_count) for k in itertools.count(first))
-
-  def _share(self, rows: int, process_index: int, process_count: int) -> range:
-    # The batches of a ramp are multiples of the accumulation.
-    keys = "train.batch_rows" + (" and train.accumulation" if self.schedule.ramp_tokens else "")
-    return _share(rows, process_index, process_count, keys)
+    """Yields batches from number `first` on, without end."""
+    for number in itertools.count(first):
+      yield self.batch(number, process_index, process_count)
 
   def locate(self, batch: int, row: int) -> list[Span]:
     """Finds the text and the source bytes of one row of a batch.
@@ -314,49 +231,13 @@ def valid_batches(
   every = [(corpus, row) for corpus, part in enumerate(rows) for row in range(part.num_rows)]
   if 0 < max_rows < len(every):
     every = [every[i * len(every) // max_rows] for i in range(max_rows)]
-  share = _share(batch_rows, process_index, process_count, "eval.batch_rows")
+  check_divides(batch_rows, process_count, "eval.batch_rows")
+  share = _share(batch_rows, process_index, process_count)
   for first in range(0, len(every), batch_rows):
     places = [every[min(first + index, len(every) - 1)] for index in share]
     batch = _take(rows, places)
     is_real_B = np.array([first + index < len(every) for index in share], np.float32)
     yield batch.replace(weights_BL=batch.weights_BL * is_real_B[:, None])
-
-
-def prefetch(items: Iterable[ItemT], size: int) -> Iterator[ItemT]:
-  """Reads ahead in a thread; the thread's exception is raised where its item would have come.
-
-  Args:
-    size: items kept ready, at least 1.
-  """
-  ready: queue.Queue = queue.Queue(size)
-  stopped = threading.Event()
-
-  def fill() -> None:
-    end = None
-    try:
-      for item in items:
-        ready.put((item, None))
-        if stopped.is_set():
-          return
-    except BaseException as error:
-      end = error
-    ready.put((None, end or StopIteration()))
-
-  thread = threading.Thread(target=fill, daemon=True)
-  thread.start()
-  try:
-    while True:
-      item, error = ready.get()
-      if isinstance(error, StopIteration):
-        return
-      if error:
-        raise error
-      yield item
-  finally:
-    stopped.set()
-    while thread.is_alive():
-      with contextlib.suppress(queue.Empty):
-        ready.get(timeout=0.01)
 
 
 class _RowNumbers(grain.MapDataset):
@@ -400,13 +281,8 @@ def _open_rows(
   return StreamRows(tokens, context_length, seed)
 
 
-def _share(num_rows: int, process_index: int, process_count: int, keys: str) -> range:
-  """Returns this process's rows of a batch; `keys` are those to change if they do not divide."""
-  if num_rows % process_count:
-    raise ConfigError(
-      f"a batch of {num_rows} rows does not divide among {process_count} processes;"
-      f" make {keys} a multiple of {process_count}"
-    )
+def _share(num_rows: int, process_index: int, process_count: int) -> range:
+  """Returns this process's rows of a batch."""
   size = num_rows // process_count
   return range(process_index * size, (process_index + 1) * size)
 

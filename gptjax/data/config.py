@@ -60,7 +60,8 @@ class DataConfig(CorpusConfig):
     rows: "stream" cuts rows from documents joined by the end token (GPT-3); "packed" puts whole
       documents (or context-long pieces) side by side, with segment ids that attention respects.
     cache_dir: where token files are built, one folder per fingerprint.
-    build_processes: processes that tokenize; None is one per core.
+    build_processes: processes that tokenize, 0 for this one alone; None is one per core, or this
+      one where there is little to do.
   """
 
   mixture: Mapping[str, CorpusConfig] = dataclasses.field(default_factory=dict)
@@ -74,6 +75,8 @@ class DataConfig(CorpusConfig):
   def __post_init__(self):
     super().__post_init__()
     check_choice("data.rows", self.rows, ("stream", "packed"))
+    if self.build_processes is not None and self.build_processes < 0:
+      raise ConfigError(f"data.build_processes is {self.build_processes}; it must be at least 0")
     if self.mixture and not self.is_empty:
       raise ConfigError("data.mixture and data.files/token_files/hub are both set; keep one")
     corpus_fields = dataclasses.fields(CorpusConfig) if self.mixture else ()

@@ -359,10 +359,9 @@ def _write_tokens(
 ) -> dict[str, Any]:
   dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
   num_bytes = given.num_bytes
-  if num_bytes is not None and num_bytes < PROCESSES_FROM_BYTES:
-    processes = 0
-  elif processes is None:
-    processes = os.cpu_count() or 1
+  if processes is None:
+    is_small = num_bytes is not None and num_bytes < PROCESSES_FROM_BYTES
+    processes = 0 if is_small else os.cpu_count() or 1
   encoded = encode_documents(split_documents(given, tokenizer.cuts), tokenizer, processes)
   with contextlib.ExitStack() as stack:
     advance = stack.enter_context(show_progress(name, num_bytes))

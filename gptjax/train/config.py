@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gptjax.data.config import DataConfig
+from gptjax.details import check_details
 from gptjax.errors import ConfigError, check_choice
 from gptjax.model.config import ModelConfig
 
@@ -101,8 +102,8 @@ class TrainConfig:
     num_steps: updates; or num_tokens, or num_epochs (exactly one of the three).
     batch_rows: rows of a global batch, over all devices and micro-batches.
     accumulation: micro-batches that one update sums, exactly, whatever their weights.
-    ramp_start_rows, ramp_tokens: grow the batch linearly from ramp_start_rows to batch_rows
-      over the first ramp_tokens tokens (GPT-3); 0 is off.
+    ramp_start_rows, ramp_tokens: grow the batch from ramp_start_rows to batch_rows over the first
+      ramp_tokens tokens, by doubling (GPT-3); 0 is off.
     z_loss: coefficient of logsumexp squared, averaged over tokens [traced].
     loss_chunk_tokens: the head and the loss run over chunks of this many tokens, so that the
       logits of a whole batch never exist; 0 computes them at once.
@@ -220,7 +221,8 @@ class PretrainConfig:
   Attributes:
     model, data, optimizer, train, eval: the groups.
     seed: of initialisation, data order, dropout and samples.
-    init_from: a run directory whose parameters to start from; "" is from scratch.
+    init_from: whose parameters to start from: a run directory, a Hugging Face folder, or whatever
+      else `gptjax.load` takes, of this architecture and tokenizer; "" is from scratch.
     tags: free notes kept with the run: {"paper": "..."}.
   """
 
@@ -236,7 +238,23 @@ class PretrainConfig:
   def __post_init__(self):
     if not 0 <= self.seed < 2**32:
       raise ConfigError(f"seed is {self.seed}; it must be from 0 to {2**32 - 1}")
+    check_details(self)
+    self._check_kept_steps()
     if self.eval.has_samples and self.model.context_length < 2:
       raise ConfigError(
         "model.context_length is 1, too short for samples; set eval.sample_tokens=0"
       )
+
+  def _check_kept_steps(self) -> None:
+    kept, saved = self.train.keep_every_steps, self.save_every_steps
+    if kept and (not saved or kept % saved):
+      saves = f"saves are every {saved} steps" if saved else "only the last step is saved"
+      raise ConfigError(
+        f"train.keep_every_steps is {kept}, but {saves}; make it a multiple of"
+        " train.save_every_steps"
+      )
+
+  @property
+  def save_every_steps(self) -> int:
+    """Updates between checkpoints; 0: only the last."""
+    return self.train.save_every_steps or self.eval.every_steps

@@ -3,38 +3,47 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
-import json
-import sys
 import time
-import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from gptjax import config as config_lib
 from gptjax import parallel as parallel_lib
 from gptjax import report
-from gptjax.checkpoint.run_directory import RunDirectory, is_run_directory
+from gptjax.checkpoint.run_directory import RunDirectory
 from gptjax.checkpoint.store import CheckpointStore
-from gptjax.data.batches import BatchSchedule, BatchSource, prefetch, valid_batches
+from gptjax.data.batches import BatchSource, valid_batches
+from gptjax.data.prefetch import prefetch
 from gptjax.data.prepare import PreparedData, prepare_data
-from gptjax.data.tokenizer import Tokenizer, load_tokenizer
-from gptjax.errors import CheckpointError, ConfigError, DataError, UserError
 from gptjax.generate.sample import sample_long
-from gptjax.model.parameters import SHARDING_RULES, count_parameters, init_parameters
+from gptjax.model.parameters import count_parameters, init_parameters
 from gptjax.train import hardware
-from gptjax.train.config import EvalConfig, PretrainConfig
+from gptjax.train.config import PretrainConfig
 from gptjax.train.display import ProgressDisplay
+from gptjax.train.initial import check_init_from, load_initial
 from gptjax.train.loop import Event, Line, Loop, bits_per_byte, stop_signals
 from gptjax.train.metrics import MetricsWriter, make_trackers
 from gptjax.train.optimizer import hyperparameters
 from gptjax.train.profile import Profiler
 from gptjax.train.run_report import training_report
 from gptjax.train.schedule import resolve_durations
+from gptjax.train.setup import (
+  CHANGEABLE_KEYS,
+  batch_schedule,
+  check_events,
+  describe_data,
+  ending_together,
+  is_finished_and_whole,
+  make_parallel,
+  resolve_model,
+  resolve_num_steps,
+  sample_prompt_ids,
+  say,
+  start_devices,
+)
 from gptjax.train.step import (
   LanguageModelObjective,
   TrainState,
@@ -44,61 +53,6 @@ from gptjax.train.step import (
   make_eval_step,
   make_train_step,
 )
-
-# What may change between a run and its resumption: it changes no number that is learned, except
-# the guards against bad updates, which a run that was stopped by them must be able to change.
-CHANGEABLE_KEYS = (
-  "data.cache_dir",
-  "data.build_processes",
-  "eval",
-  "model.attention_implementation",
-  "model.remat",
-  "model.scan_layers",
-  "tags",
-  *(
-    f"train.{key}"
-    for key in (
-      "coordinator",
-      "distributed_timeout_seconds",
-      "host_devices",
-      "keep_every_steps",
-      "keep_latest",
-      "log_every_steps",
-      "loss_chunk_tokens",
-      "max_bad_steps",
-      "mesh_data",
-      "mesh_fsdp",
-      "mesh_tensor",
-      "mode",
-      "num_processes",
-      "peak_flops_per_second",
-      "process_id",
-      "profile_num_steps",
-      "profile_start_step",
-      "save_every_steps",
-      "skip_nonfinite",
-      "spike_sigmas",
-      "trackers",
-    )
-  ),
-)
-
-# What may differ between a run and the one it starts from: no shape and no function.
-FREE_MODEL_KEYS = (
-  "family",
-  "embedding_dropout",
-  "attention_dropout",
-  "residual_dropout",
-  "init_std",
-  "position_init_std",
-  "residual_init_scale",
-  "compute_dtype",
-  "attention_implementation",
-  "scan_layers",
-  "remat",
-)
-
-CHECKED_TOKENS = 65536  # evenly spread over a split, to tell its content
 
 
 def pretrain(config: PretrainConfig, workdir: str) -> None:
@@ -118,11 +72,13 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
         stack.enter_context(run.lock())
       prepared = prepare_data(config.data, report=say)
       config = resolve_model(config, prepared)
-      schedule = batch_schedule(config, parallel)
+      schedule = batch_schedule(config)
+      schedule.check_processes(parallel.process_count)
       source = BatchSource(prepared, config.model.context_length, config.seed, schedule)
       num_steps = resolve_num_steps(config, schedule, source.rows_per_epoch)
       check_events(config, prepared, parallel.process_count)
-      check_init_from(config, prepared)
+      if run.latest_step() is None:
+        check_init_from(config, prepared)
       identity = (
         config_lib.to_json(config), prepared.tokenizer, CHANGEABLE_KEYS, describe_data(prepared)
       )  # fmt: skip
@@ -138,171 +94,14 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
     Pretraining(config, run, prepared, parallel, source, num_steps, started).run_all()
 
 
-@contextlib.contextmanager
-def ending_together(parallel: parallel_lib.Parallel) -> Iterator[None]:
-  """Ends all processes if one of them fails inside; jax would abort those that wait for it."""
-  try:
-    yield
-  except Exception:
-    parallel.agree(True)
-    raise
-  if parallel.agree(False):
-    raise UserError("another process of the run cannot go on; its message says why")
-
-
-def is_finished_and_whole(run: RunDirectory, num_steps: int) -> bool:
-  """Says whether all updates are done and the last checkpoint can be read."""
-  with CheckpointStore(run.checkpoints_path) as store:
-    return run.is_finished(num_steps) and store.is_whole(run.latest_step())
-
-
-def describe_data(prepared: PreparedData) -> dict[str, Any]:
-  """Describes token files well enough to tell them from others, wherever they are."""
-
-  def describe(tokens):
-    positions = np.linspace(0, tokens.num_tokens, CHECKED_TOKENS, endpoint=False, dtype=np.int64)
-    some = tokens.gather(positions) if tokens.num_tokens else positions
-    return {
-      "num_tokens": tokens.num_tokens,
-      "num_documents": tokens.num_documents,
-      "text_bytes": tokens.text_bytes,
-      f"crc32_of_{CHECKED_TOKENS}_tokens": zlib.crc32(some.astype("<i4").tobytes()),
-    }
-
-  return {
-    name: {"train": describe(train), "valid": describe(valid)}
-    for name, (train, valid) in prepared.corpora.items()
-  }
-
-
-def check_events(config: PretrainConfig, prepared: PreparedData, process_count: int) -> None:
-  """Raises UserError for a validation or samples that would fail hours later."""
-  if config.eval.has_samples:
-    sample_prompt_ids(config.eval, prepared.tokenizer)
-  if prepared.valid_tokens:
-    batches = valid_batches(
-      prepared, config.model.context_length, config.eval.batch_rows, process_count=process_count
-    )
-    if next(batches, None) is None:
-      raise DataError(
-        f"the validation split has {prepared.valid_tokens} tokens and no target to score;"
-        " hold out more of the corpus, or nothing"
-      )
-
-
-def check_init_from(config: PretrainConfig, prepared: PreparedData) -> None:
-  """Raises CheckpointError unless init_from is a run of this architecture and tokenizer."""
-  if not config.init_from:
-    return
-  if not is_run_directory(config.init_from):
-    raise CheckpointError(f'init_from "{config.init_from}" is not a run directory')
-  other = RunDirectory(config.init_from)
-  there = other.read_config()["model"]
-  here = json.loads(config_lib.to_json(config))["model"]
-  for key, value in here.items():
-    if key not in FREE_MODEL_KEYS and key in there and there[key] != value:
-      raise CheckpointError(
-        f'init_from "{config.init_from}" has model.{key} {there[key]}, this config {value};'
-        " use its architecture"
-      )
-  there = load_tokenizer(str(other.path)).fingerprint
-  if there != prepared.tokenizer.fingerprint:
-    raise CheckpointError(
-      f'init_from "{config.init_from}" was trained with another tokenizer;'
-      f' set data.tokenizer="{other.tokenizer_path}"'
-    )
-
-
-def say(message: str) -> None:
-  """Tells the user something, in one process of the run."""
-  if jax.process_index() == 0:
-    print(message, file=sys.stderr, flush=True)
-
-
-def start_devices(config: PretrainConfig) -> None:
-  """Starts jax with the devices and processes that the config asks for."""
-  train = config.train
-  parallel_lib.set_host_devices(train.host_devices)
-  parallel_lib.initialize_processes(
-    train.coordinator, train.num_processes, train.process_id, train.distributed_timeout_seconds
-  )
-  if train.matmul_precision == "highest":
-    jax.config.update("jax_default_matmul_precision", "highest")
-
-
-def resolve_model(config: PretrainConfig, prepared: PreparedData) -> PretrainConfig:
-  """Fills in the vocabulary size; one that is given must hold the tokenizer's."""
-  entries = prepared.tokenizer.vocab_size
-  vocab_size = config.model.vocab_size or entries
-  if vocab_size < entries:
-    raise ConfigError(
-      f"model.vocab_size is {vocab_size}, but the tokenizer has {entries} entries;"
-      " leave it unset or raise it"
-    )
-  return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-
-
-def make_parallel(config: PretrainConfig) -> parallel_lib.Parallel:
-  """Makes the driver that the config names, over all devices."""
-  train = config.train
-  return parallel_lib.make_parallel(
-    train.mode,
-    mesh_data=train.mesh_data,
-    mesh_fsdp=train.mesh_fsdp,
-    mesh_tensor=train.mesh_tensor,
-    sharding_rules=SHARDING_RULES,
-  )
-
-
-def batch_schedule(
-  config: PretrainConfig, parallel: parallel_lib.Parallel | None = None
-) -> BatchSchedule:
-  """Returns how many rows each batch has, which does not depend on the number of processes.
-
-  Args:
-    config: of the run.
-    parallel: if given, its processes must be able to share every batch evenly.
-  """
-  train = config.train
-  schedule = BatchSchedule(
-    batch_rows=train.batch_rows,
-    context_length=config.model.context_length,
-    ramp_start_rows=train.ramp_start_rows,
-    ramp_tokens=train.ramp_tokens,
-    multiple=train.accumulation,
-  )
-  process_count = parallel.process_count if parallel else 1
-  ramp = itertools.takewhile(
-    lambda k: schedule.tokens_before(k) < train.ramp_tokens, itertools.count()
-  )
-  for rows in (train.batch_rows, *map(schedule.rows, ramp)):
-    if rows % process_count:
-      raise ConfigError(
-        f"a batch of {rows} rows does not divide among {process_count} processes; make"
-        " train.batch_rows a multiple of them, and with a ramp train.accumulation too"
-      )
-  return schedule
-
-
-def resolve_num_steps(config: PretrainConfig, schedule: BatchSchedule, rows_per_epoch: int) -> int:
-  """Converts the length of the run to updates."""
-  train = config.train
-  if train.num_steps is not None:
-    num_steps = train.num_steps
-  elif train.num_tokens is not None:
-    num_steps = schedule.batches_for(-(-train.num_tokens // config.model.context_length))
-  elif train.num_epochs is not None:
-    num_steps = schedule.batches_for(round(train.num_epochs * rows_per_epoch))
-  else:
-    raise ConfigError("the run has no length; set train.num_steps, num_tokens or num_epochs")
-  if num_steps < 1:
-    raise ConfigError("the run has no steps; raise train.num_steps, num_tokens or num_epochs")
-  return num_steps
-
-
 @dataclasses.dataclass
 class Pretraining:
-  """One run in this process: what its events share."""
+  """One run in this process: what its events share.
+
+  Attributes:
+    started: time of the process's start.
+    seconds_before: that processes before this one took for the steps restored.
+  """
 
   config: PretrainConfig
   run: RunDirectory
@@ -311,6 +110,7 @@ class Pretraining:
   source: BatchSource
   num_steps: int
   started: float
+  seconds_before: float = 0.0
 
   def run_all(self) -> None:
     """Restores or initialises, trains, and leaves a report."""
@@ -351,7 +151,7 @@ class Pretraining:
           num_steps=self.num_steps,
           events=self._events(),
           save=self._save,
-          save_every_steps=train.save_every_steps or config.eval.every_steps or self.num_steps,
+          save_every_steps=config.save_every_steps or self.num_steps,
           write=self._write,
           show=lambda step, line: display.update(step, **line),
           status=display.status,
@@ -422,30 +222,16 @@ class Pretraining:
         say(line)
       if self.parallel.process_index == 0:
         self.run.drop_after(restored.step)
+        self.seconds_before = max((line["seconds"] for line in self.run.read_metrics()), default=0)
       say(f"resuming after step {restored.step}")
       return self.parallel.from_saved(restored.state), restored.step
     state = self.parallel.init_state(init, key)
     if self.config.init_from:
-      state = self._start_from(state)
+      with ending_together(self.parallel):
+        params = load_initial(self.config, self.parallel)
+      ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+      state = state.replace(params=params, ema=ema)
     return state, 0
-
-  def _start_from(self, state: TrainState) -> TrainState:
-    """Replaces the parameters by those of another run, by their average where it kept one."""
-    other = RunDirectory(self.config.init_from)
-    abstract = jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
-      self.parallel.for_saving(state.params),
-    )
-    with CheckpointStore(other.checkpoints_path) as store:
-      item = "ema" if other.read_config()["optimizer"]["ema_decay"] else "params"
-      restored = store.restore_params(abstract, item=item)
-    for line in restored.skipped:
-      say(line)
-    params = self.parallel.from_saved(restored.state)
-    average = "the average of " if item == "ema" else ""
-    say(f"starting from {average}step {restored.step} of {self.config.init_from}")
-    ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
-    return state.replace(params=params, ema=ema)
 
   def _batches(self, start_step: int) -> Iterator[Any]:
     parallel = self.parallel
@@ -466,7 +252,8 @@ class Pretraining:
   def _write(self, step: int, line: Line) -> None:
     if not self.config.train.z_loss:
       line = {name: value for name, value in line.items() if name != "train_z_loss"}
-    self._writer.write(step, **line, seconds=time.time() - self.started)
+    seconds = self.seconds_before + time.time() - self.started
+    self._writer.write(step, **line, seconds=seconds)
 
   def _events(self) -> list[Event]:
     every_steps = self.config.eval.every_steps
@@ -550,36 +337,3 @@ class Pretraining:
     if skipped:
       notes.append(f"{skipped} bad updates were skipped.")
     return notes
-
-
-def sample_prompt_ids(config: EvalConfig, tokenizer: Tokenizer) -> list[list[int]]:
-  """Encodes the prompts; an empty one is the end token, or a line break where there is none.
-
-  Raises:
-    UserError: the tokenizer has no ids for a prompt.
-  """
-  return [_prompt_ids(tokenizer, prompt) for prompt in config.sample_prompts if config.has_samples]
-
-
-def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
-  if not prompt and tokenizer.end_id is not None:
-    return [tokenizer.end_id]
-  try:
-    ids = tokenizer.encode(prompt or "\n")
-  except DataError as error:
-    if prompt:
-      raise DataError(f"eval.sample_prompts: {error}") from error
-    ids = []
-  if not ids:
-    wanted = "no tokens for it" if prompt else "neither an end token nor a line break to start with"
-    raise ConfigError(
-      f'eval.sample_prompts has "{prompt}", but the tokenizer has {wanted}; give another prompt'
-    )
-  return ids
-
-
-def show_row(config: PretrainConfig, step: int, row: int) -> list[Any]:
-  """Finds what row `row` of the batch of update `step` (0-based) was made from; see Span."""
-  prepared = prepare_data(config.data, report=lambda line: None)
-  source = BatchSource(prepared, config.model.context_length, config.seed, batch_schedule(config))
-  return source.locate(step, row)

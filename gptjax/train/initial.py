@@ -1,0 +1,75 @@
+"""`init_from`: another model's parameters to start from, in place of fresh ones."""
+
+import dataclasses
+from typing import Any
+
+from gptjax.checkpoint.models import describe_model, load_model, load_model_tokenizer
+from gptjax.checkpoint.resolve import resolve_model
+from gptjax.data.prepare import PreparedData
+from gptjax.errors import CheckpointError
+from gptjax.model.config import ModelConfig
+from gptjax.parallel import Parallel
+from gptjax.train.config import PretrainConfig
+from gptjax.train.setup import say
+from gptjax.tree import PyTree, named_leaves
+
+# What may differ between the two: no shape and no function.
+FREE_MODEL_KEYS = (
+  "family",
+  "embedding_dropout",
+  "attention_dropout",
+  "residual_dropout",
+  "init_std",
+  "position_init_std",
+  "residual_init_scale",
+  "compute_dtype",
+  "attention_implementation",
+  "scan_layers",
+  "remat",
+)
+
+
+def check_init_from(config: PretrainConfig, prepared: PreparedData) -> None:
+  """Raises CheckpointError unless init_from is a model of this architecture and tokenizer."""
+  if not config.init_from:
+    return
+  here, there = _spell_out(config.model), _spell_out(describe_model(config.init_from, say))
+  different = [f"model.{key}={value!r}" for key, value in there.items() if here[key] != value]
+  if different:
+    raise CheckpointError(
+      f'init_from "{config.init_from}" has another architecture; set {", ".join(different)}'
+    )
+  model = resolve_model(config.init_from, say)
+  tokenizer = load_model_tokenizer(model, {})
+  if tokenizer is None:
+    say(f'init_from "{config.init_from}" has no tokenizer to compare data.tokenizer with')
+  elif tokenizer.fingerprint != prepared.tokenizer.fingerprint:
+    raise CheckpointError(
+      f'init_from "{config.init_from}" was trained with another tokenizer; set'
+      f' data.tokenizer="{model.path}" and data.end_token="{tokenizer.end_token or ""}"'
+    )
+
+
+def load_initial(config: PretrainConfig, parallel: Parallel) -> PyTree:
+  """Loads the parameters of init_from, float32, placed; of a run that kept one, their average."""
+  params = load_model(config.init_from, "float32", parallel, report=say).params
+  say(
+    f"starting from {config.init_from}: all {len(named_leaves(params))} parameters match; the"
+    " optimiser and the count of steps are fresh"
+  )
+  return params
+
+
+def _spell_out(model: ModelConfig) -> dict[str, Any]:
+  """Returns what both models must have in common, with what None stands for."""
+  fields = dataclasses.asdict(model)
+  fields |= {"head_dim": model.head_width, "ffw_dim": model.ffw_width}
+  repeats = model.num_layers // len(model.attention_pattern)
+  fields["attention_pattern"] = model.attention_pattern * repeats
+  if model.positions == "rotary":
+    fields["rotary_dim"] = model.rotated_dim
+  else:
+    fields |= dict.fromkeys(("rotary_dim", "rotary_style", "rotary_base"))
+  if "local" not in model.attention_pattern:
+    fields["window_size"] = None
+  return {key: value for key, value in fields.items() if key not in FREE_MODEL_KEYS}
