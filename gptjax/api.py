@@ -13,6 +13,7 @@ import numpy as np
 from gptjax.batch import Batch
 from gptjax.checkpoint.export import save_hf
 from gptjax.checkpoint.models import load_model, save_run
+from gptjax.data.special_tokens import LISTS, ROLES
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import ConfigError, DataError, UserError, check_choice, did_you_mean
 from gptjax.model import decoder
@@ -31,6 +32,7 @@ def load(
   *,
   dtype: str | None = "float32",
   mesh: Any = None,
+  tokenizer: str | os.PathLike | None = None,
   **special_tokens: Any,
 ) -> "Model":
   """Loads a run directory, a model of another library, or a name on the Hugging Face hub.
@@ -42,12 +44,20 @@ def load(
       float32), or None: that of the files.
     mesh: splits the parameters over devices: sizes such as {"fsdp": 2, "tensor": 2}, or a jax mesh
       with these axes.
-    special_tokens: bos_token="[BOS]", pad_token="[PAD]" and the like, for the tokenizer.
+    tokenizer: a file or folder of one to take instead of the model's own; or how it handles
+      GPT-1's text, "gpt1-paper" (as it was trained) or "gpt1-hf" (as transformers does).
+    special_tokens: bos_token="[BOS]", pad_token="[PAD]" and the like, for the tokenizer. A token
+      that the vocabulary lacks is added to it, and the embedding grows by its row.
 
   Raises:
     UserError: no such model, one that is not supported, damaged files, or a misspelt option.
   """
-  loaded = load_model(path_or_name, dtype, _make_parallel(mesh), special_tokens)
+  for name in special_tokens:
+    if name not in ROLES + LISTS:
+      options = ("dtype", "mesh", "tokenizer", *ROLES, *LISTS)
+      raise ConfigError(f"load has no option {name!r}{did_you_mean(name, options)}")
+  parallel = _make_parallel(mesh)
+  loaded = load_model(path_or_name, dtype, parallel, special_tokens, tokenizer=tokenizer)
   return Model(loaded.config, loaded.params, loaded.tokenizer)
 
 

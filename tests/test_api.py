@@ -15,7 +15,7 @@ from families import make_config, make_params, make_tokens, relative_error
 
 import gptjax
 from gptjax import api
-from gptjax.checkpoint.models import save_run
+from gptjax.checkpoint.models import load_model, save_run
 from gptjax.checkpoint.reference import reference_activations
 from gptjax.checkpoint.run_directory import RunDirectory
 from gptjax.checkpoint.store import CheckpointStore
@@ -142,6 +142,70 @@ def test_special_tokens_by_keyword(folder):
   assert model.tokenizer.pad_id == model.tokenizer.vocab_size - 1
   with pytest.raises(ConfigError, match='did you mean "pad_token"'):
     gptjax.load(folder[0], pad_toekn="[PAD]")
+  with pytest.raises(ConfigError, match="load has no option 'dytpe'; did you mean \"dtype\""):
+    gptjax.load(folder[0], dytpe="float32")
+
+
+@pytest.mark.parametrize(("family", "mesh"), [("gpt2", None), ("gptj", {"fsdp": 2, "tensor": 2})])
+def test_special_tokens_beyond_the_vocabulary_get_rows(tmp_path, family, mesh, capsys):
+  # As many ids as the tokenizer, so that the new ones are the model's first beyond.
+  size = make_char_tokenizer([TEXT], "<|endoftext|>").vocab_size
+  path, *_ = make_folder(tmp_path / "model", family, vocab_size=size)
+  plain = gptjax.load(path)
+  assert "grows" not in capsys.readouterr().err
+  model = gptjax.load(path, bos_token="[BOS]", pad_token="[PAD]", mesh=mesh)
+  said = capsys.readouterr().err
+  assert f"has {size} ids, and [BOS], [PAD] come after" in said and "N(0, 0.02)" in said
+  assert model.config.vocab_size == model.tokenizer.vocab_size == size + 2
+  rows = np.asarray(model.params["decoder"]["token_embedding"]["embedding"])
+  assert rows[size : size + 2].any(axis=1).all() and not rows[size + 2 :].any()
+  tokens = make_tokens(plain.config)
+  assert relative_error(model(tokens)[..., :size], plain(tokens)) < TOLERANCE
+  ids = model.tokenizer.encode("[BOS]the cat", parse_special_tokens=True)
+  assert ids[0] == size and model([ids]).shape[-1] == size + 2
+  for format in ("hf", "gptjax"):
+    model.save(tmp_path / format, format=format)
+    again = gptjax.load(tmp_path / format)
+    assert relative_error(again([ids]), model([ids])) < TOLERANCE
+    assert again.tokenizer.bos_id == size
+
+
+def test_a_tokenizer_from_elsewhere(folder, tmp_path):
+  make_char_tokenizer(["xyz"]).save(tmp_path / "tokenizer.json")
+  for path in (tmp_path, tmp_path / "tokenizer.json"):
+    assert gptjax.load(folder[0], tokenizer=path).tokenizer.decode([0, 2]) == "xz"
+  with pytest.raises(ConfigError, match=r'tokenizer is "gpt1-papr".*did you mean "gpt1-paper"'):
+    gptjax.load(folder[0], tokenizer="gpt1-papr")
+  with pytest.raises(UserError, match="gpt1-paper is not for it"):
+    gptjax.load(folder[0], tokenizer="gpt1-paper")
+  path, *_ = make_folder(tmp_path / "bare", with_tokenizer=False)
+  with pytest.raises(DataError, match="tokenizer is given, but the model has no tokenizer"):
+    gptjax.load(path, tokenizer="gpt1-hf")
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("gpt1-paper", [3, 5, 4]), ("gpt1-hf", [3, 4])])
+def test_gpt1s_text_is_handled_as_asked(tmp_path, mode, expected):
+  path, *_ = make_folder(tmp_path / "model", "gpt1", with_tokenizer=False)
+  pieces = ["<unk>", "a", "b", "a</w>", "b</w>", "\n</w>", "ab</w>"]
+  vocab = {piece: index for index, piece in enumerate(pieces)}
+  (path / "vocab.json").write_text(json.dumps(vocab))
+  (path / "merges.txt").write_text("#version: 0.2\na b</w>\n")
+  tokenizer = gptjax.load(path, tokenizer=mode).tokenizer
+  assert tokenizer.encode("A\nb") == expected
+
+
+def test_default_ids_out_of_the_vocabulary_are_ignored_with_a_note(tmp_path, capsys):
+  path, *_ = make_folder(tmp_path / "model", with_tokenizer=False)
+  fields = json.loads((path / "config.json").read_text())
+  fields |= {"bos_token_id": 50256, "eos_token_id": 7, "pad_token_id": None}
+  (path / "config.json").write_text(json.dumps(fields))
+  loaded = load_model(path)
+  assert loaded.token_ids == {"bos": (), "eos": (7,), "pad": ()}
+  assert "bos_token_id is 50256, out of the vocabulary of 61; ignored" in capsys.readouterr().err
+  make_char_tokenizer([TEXT], "<|endoftext|>").save(path / "tokenizer.json")
+  loaded = load_model(path, special_tokens={"eos_token": "t", "pad_token": "[PAD]"})
+  assert loaded.token_ids["eos"] == (loaded.tokenizer.end_id,)
+  assert loaded.token_ids["pad"] == (loaded.tokenizer.pad_id,)
 
 
 def test_more_ids_than_the_model_has_are_noted(tmp_path, capsys):

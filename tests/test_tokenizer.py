@@ -299,3 +299,22 @@ def test_gpt2_is_transformers():
   assert ours.encode_batch(texts) == expected
   assert [text for text, ids in zip(texts, expected, strict=True) if ours.decode(ids) != text] == []
   assert ours.encode_batch(texts[::-1]) != expected
+
+
+@pytest.mark.parametrize("form", ["files", "json", "json of pairs"])
+@pytest.mark.parametrize("pair", [("ab", "c"), ("abcd", "efgh"), ("x", "a")])
+def test_merges_that_make_no_token_are_refused(tmp_path, form, pair, capfd):
+  """Some of them end the process in the library."""
+  vocab = {token: index for index, token in enumerate(["a", "b", "c", "abcd", "efgh", "ab"])}
+  merges = [("a", "b"), pair]
+  if form == "files":
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("".join(f"{a} {b}\n" for a, b in merges))
+  else:
+    listed = [list(p) if form.endswith("pairs") else " ".join(p) for p in merges]
+    model = {"type": "BPE", "vocab": vocab, "merges": listed}
+    content = {"version": "1.0", "added_tokens": [], "model": model}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+  with pytest.raises(DataError, match=f"merges '{pair[0]}' and '{pair[1]}', and has no token"):
+    load_tokenizer(tmp_path)
+  assert capfd.readouterr().err == ""

@@ -1,10 +1,12 @@
 """A model argument, loaded or described: the one door for runs and for other people's models."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,25 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.checkpoint.convert import load_foreign
-from gptjax.checkpoint.foreign_config import Report, read_foreign_config
+from gptjax.checkpoint.foreign_config import Report, read_foreign_config, read_token_ids
 from gptjax.checkpoint.resolve import Model, resolve_model
 from gptjax.checkpoint.run_directory import RunDirectory, is_remote
 from gptjax.checkpoint.store import CheckpointStore
 from gptjax.config import from_mapping
+from gptjax.data.gpt1_tokenizer import MODES
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
-from gptjax.errors import CheckpointError, DataError, UnknownTokenizerError, check_choice
+from gptjax.data.tokenizer_files import split_mode
+from gptjax.errors import (
+  CheckpointError,
+  ConfigError,
+  DataError,
+  UnknownTokenizerError,
+  check_choice,
+  did_you_mean,
+)
 from gptjax.model.config import ModelConfig
 from gptjax.model.parameters import model_specs
+from gptjax.model.vocabulary import grow_vocabulary
 from gptjax.parallel import Parallel
 from gptjax.tree import map_named, named_leaves
 
@@ -42,11 +54,14 @@ class Loaded:
     config: the architecture, set up to compute on any device.
     params: the whole tree.
     tokenizer: None where its files are missing or of an unknown kind.
+    token_ids: {"bos", "eos", "pad": ids} of the model's files, the tokenizer's where they say none
+      or where tokens were given; each may be empty.
   """
 
   config: ModelConfig
   params: PyTree
   tokenizer: Tokenizer | None
+  token_ids: dict[str, tuple[int, ...]]
 
 
 def load_model(
@@ -55,6 +70,7 @@ def load_model(
   parallel: Parallel | None = None,
   special_tokens: dict[str, Any] | None = None,
   report: Report = to_stderr,
+  tokenizer: str | os.PathLike | None = None,
 ) -> Loaded:
   """Loads a run directory, a model of another library, or a name on the hub.
 
@@ -63,8 +79,10 @@ def load_model(
     dtype: "float32", "bfloat16" (computed in bfloat16 too), or "float16" (kept so, computed in
       float32); None keeps that of the files.
     parallel: places each parameter; None is jax's default device.
-    special_tokens: as `load_tokenizer` takes them.
+    special_tokens: as `load_tokenizer` takes them. Where they get ids beyond the model's, the
+      model grows by their rows, which is reported.
     report: takes a line about each thing that is passed over.
+    tokenizer: as `load_model_tokenizer` takes it.
 
   Raises:
     UserError: nothing there, nothing that is supported, or damaged files.
@@ -72,20 +90,61 @@ def load_model(
   if dtype is not None:
     check_choice("dtype", dtype, DTYPES)
   model = resolve_model(name, report)
-  tokenizer = load_model_tokenizer(model, special_tokens or {})
+  words = load_model_tokenizer(model, special_tokens or {}, tokenizer)
   load = load_run if model.kind == "run" else load_foreign
   config, params = load(model.path, dtype, parallel, report)
+  if words is not None and words.vocab_size > config.vocab_size:
+    new = [token for token, index in words.added_tokens.items() if index >= config.vocab_size]
+    if new:
+      more = f" and {len(new) - 3} more" if len(new) > 3 else ""
+      report(
+        f'"{name}": the model has {config.vocab_size} ids, and {", ".join(new[:3])}{more} come'
+        f" after them; its embedding grows to {words.vocab_size} rows, the new ones drawn from"
+        f" N(0, {config.init_std}) and not trained"
+      )
+      params, config = _grow(params, config, words.vocab_size, parallel)
+    else:
+      report(
+        f'"{name}": the tokenizer has {words.vocab_size} ids and the model {config.vocab_size};'
+        " the model refuses the others"
+      )
   config = dataclasses.replace(
     config,
     compute_dtype="bfloat16" if dtype == "bfloat16" else "float32",
     attention_implementation="auto",
   )
-  if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-    report(
-      f'"{name}": the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size};'
-      " the model refuses the others"
-    )
-  return Loaded(config, params, tokenizer)
+  given = {name.removesuffix("_token") for name in special_tokens or {}}
+  return Loaded(config, params, words, _token_ids(model, config, words, given, report))
+
+
+def _grow(
+  params: PyTree, config: ModelConfig, vocab_size: int, parallel: Parallel | None
+) -> tuple[PyTree, ModelConfig]:
+  """Grows the vocabulary; every parameter stays where a state of its path lives."""
+  key = jax.random.key(0)
+  params, config = grow_vocabulary(params, config, vocab_size, key)
+  if parallel is not None:
+    places = parallel.abstract_state(lambda key: params, key)
+    params = jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), params, places)
+  return params, config
+
+
+def _token_ids(
+  model: Model,
+  config: ModelConfig,
+  tokenizer: Tokenizer | None,
+  given: set[str],
+  report: Report,
+) -> dict[str, tuple[int, ...]]:
+  """Puts the ids of the model's files, and of its tokenizer, together; see `Loaded`."""
+  said = dict.fromkeys(("bos", "eos", "pad"), ())
+  if (Path(model.path) / "config.json").is_file() and model.kind != "run":
+    said = read_token_ids(model.path, config.vocab_size, report)
+  if tokenizer is not None:
+    found = {"bos": tokenizer.bos_id, "eos": tokenizer.end_id, "pad": tokenizer.pad_id}
+    known = {name: (index,) for name, index in found.items() if index is not None}
+    said |= {name: ids for name, ids in known.items() if name in given or not said[name]}
+  return said
 
 
 def describe_model(name: str | os.PathLike, report: Report = to_stderr) -> ModelConfig:
@@ -102,29 +161,56 @@ def describe_model(name: str | os.PathLike, report: Report = to_stderr) -> Model
   return load_foreign(model.path, None, None, report)[0]
 
 
-def load_model_tokenizer(model: Model, special_tokens: dict[str, Any]) -> Tokenizer | None:
-  """Loads the tokenizer beside a model; None where there is none of a known kind.
+def load_model_tokenizer(
+  model: Model, special_tokens: dict[str, Any], tokenizer: str | os.PathLike | None = None
+) -> Tokenizer | None:
+  """Loads the tokenizer of a model; None where there is none of a known kind beside it.
+
+  Args:
+    model: what was found.
+    special_tokens: as `load_tokenizer` takes them.
+    tokenizer: a path to take instead of what is beside the model, or how GPT-1's text is handled:
+      "gpt1-paper" or "gpt1-hf".
 
   Raises:
-    DataError: it is damaged, or special tokens are given and there is none.
+    DataError: it is damaged, or tokens or a tokenizer are asked for and there is none.
+    ConfigError: no such tokenizer.
   """
-  path = Path(model.path)
+  if tokenizer is not None and os.fspath(tokenizer) not in MODES:
+    _check_tokenizer(os.fspath(tokenizer))
+    return load_tokenizer(tokenizer, **special_tokens)
+  mode = "" if tokenizer is None else f"{tokenizer}:"
   try:
-    if model.kind != "run":
-      return load_tokenizer(path if path.is_dir() else path.parent, **special_tokens)
-    file = RunDirectory(model.path).tokenizer_path
-    if not is_remote(file) or not file.exists():
-      return load_tokenizer(Path(file), **special_tokens)
-    with tempfile.TemporaryDirectory() as folder:
-      copy = Path(folder) / "tokenizer.json"
-      copy.write_text(file.read_text(), encoding="utf-8")
-      return load_tokenizer(copy, **special_tokens)
+    with _tokenizer_path(model) as path:
+      return load_tokenizer(f"{mode}{path}", **special_tokens)
   except UnknownTokenizerError as error:
-    if special_tokens:
-      raise DataError(
-        f"{next(iter(special_tokens))} is given, but the model has no tokenizer: {error}"
-      ) from error
+    for name in [*special_tokens, *(["tokenizer"] if mode else [])]:
+      raise DataError(f"{name} is given, but the model has no tokenizer: {error}") from error
     return None
+
+
+def _check_tokenizer(tokenizer: str) -> None:
+  mode, path = split_mode(tokenizer)
+  if not path.exists():
+    hint = "" if mode else did_you_mean(tokenizer, MODES)
+    raise ConfigError(f'tokenizer is "{tokenizer}", and there is no such file or folder{hint}')
+
+
+@contextlib.contextmanager
+def _tokenizer_path(model: Model) -> Iterator[Path]:
+  """Gives the path of the tokenizer beside a model; a copy of it where that is not local."""
+  path = Path(model.path)
+  if model.kind != "run":
+    yield path if path.is_dir() else path.parent
+    return
+  file = RunDirectory(model.path).tokenizer_path
+  if not is_remote(file) or not file.exists():
+    yield Path(file)
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    copy = Path(folder) / "tokenizer.json"
+    copy.write_text(file.read_text(), encoding="utf-8")
+    yield copy
 
 
 def load_run(

@@ -419,6 +419,8 @@ def _damage_named(path: Path) -> Iterator[None]:
     yield
   except UserError:
     raise
-  # tokenizers raises bare Exception for whatever it cannot parse.
-  except Exception as error:
+  # tokenizers raises bare Exception for whatever it cannot parse, and panics for some of it.
+  except BaseException as error:
+    if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+      raise
     raise DataError(f'tokenizer "{path}" cannot be read: {error}') from error

@@ -1,6 +1,5 @@
 """Finding and reading tokenizer files of every kind that gptjax knows."""
 
-import json
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
@@ -9,7 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from gptjax.data import special_tokens
 from gptjax.data.gpt1_tokenizer import MODES, WORD_END, make_gpt1_backend
 from gptjax.data.sentencepiece_model import make_sentencepiece_backend, read_sentencepiece
-from gptjax.errors import ConfigError, UnknownTokenizerError
+from gptjax.errors import ConfigError, DataError, UnknownTokenizerError
 
 _OPENAI_GPT1 = ("encoder_bpe_40000.json", "vocab_40000.bpe")
 _PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), _OPENAI_GPT1)
@@ -44,10 +43,7 @@ def read_backend(
       f'do_lower_case is for SentencePiece models, and "{path}" says itself whether it lower-cases'
     )
   if file.is_file() and file.suffix != ".model":
-    backend = Backend.from_str(file.read_text(encoding="utf-8"))
-    if mode:
-      model = json.loads(backend.to_str())["model"]
-      backend = _gpt1(path, model["vocab"], [tuple(pair) for pair in model["merges"]], mode)
+    backend = _read_tokenizer_json(file, mode)
   elif path.is_dir() and pair:
     backend = _read_pair(folder, pair, mode)
   elif found := _sentencepiece_file(path):
@@ -76,8 +72,38 @@ def byte_level(model: models.Model, add_prefix_space: bool = False) -> Backend:
   return backend
 
 
+def _read_tokenizer_json(file: Path, mode: str | None) -> Backend:
+  text = file.read_text(encoding="utf-8")
+  content = special_tokens.read_json(file)
+  model = content.get("model") or {}
+  vocab, merges = model.get("vocab"), model.get("merges")
+  if not (isinstance(vocab, dict) and isinstance(merges, list)):
+    if mode:
+      raise ConfigError(f'"{file}" has no byte pairs, so {mode} is not for it')
+    return Backend.from_str(text)
+  # Older files write a pair as one text.
+  pairs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in merges]
+  _check_merges(vocab, pairs, model.get("continuing_subword_prefix") or "", file)
+  return _gpt1(file, vocab, pairs, mode) if mode else Backend.from_str(text)
+
+
+def _check_merges(
+  vocab: dict[str, int], merges: list[tuple[str, str]], prefix: str, path: Path
+) -> None:
+  """Raises DataError for a pair that makes no token: the library aborts on some of them."""
+  for first, second in merges:
+    joined = first + second.removeprefix(prefix)
+    for token in (first, second, joined):
+      if token not in vocab:
+        raise DataError(
+          f'tokenizer "{path}" merges {first!r} and {second!r}, and has no token {token!r}; its'
+          " files are damaged or of two tokenizers"
+        )
+
+
 def _read_pair(folder: Path, pair: tuple[str, str], mode: str | None) -> Backend:
   vocab, merges = models.BPE.read_file(str(folder / pair[0]), str(folder / pair[1]))
+  _check_merges(vocab, merges, "", folder)
   if mode or any(token.endswith(WORD_END) for token in vocab):
     default = "gpt1-paper" if pair == _OPENAI_GPT1 else "gpt1-hf"
     return _gpt1(folder, vocab, merges, mode or default)
