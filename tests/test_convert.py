@@ -308,8 +308,10 @@ def test_karpathys_models(tmp_path, monkeypatch, library):
     "torch" if is_nano else "mingpt",
   )
   monkeypatch.setattr(convert, "open_tensors", lambda path: source)
-  found_config, found = load_foreign(tmp_path / "ckpt.pt", report=silent)
+  notes = []
+  found_config, found = load_foreign(tmp_path / "ckpt.pt", report=notes.append)
   assert_same(found, params)
+  assert ["which gelu" in note for note in notes] == [True] * is_nano
   assert found_config.activation == ("gelu" if is_nano else "gelu_tanh")
 
 

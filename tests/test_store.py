@@ -19,7 +19,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gptjax.checkpoint import store as store_lib
+from gptjax.checkpoint import verified
 from gptjax.checkpoint.store import CheckpointStore
 from gptjax.errors import CheckpointError
 
@@ -288,7 +288,7 @@ def test_without_the_checksums_a_flipped_byte_of_an_array_is_silently_wrong(tmp_
   flip(data_file(tmp_path / "1"))
   with pytest.raises(CheckpointError, match=r"state/ocdbt.* has been altered"):
     CheckpointStore(tmp_path).restore_params(abstract["params"])
-  monkeypatch.setattr(store_lib, "_check_whole", lambda *args: None)
+  monkeypatch.setattr(verified, "check_whole", lambda *args: None)
   restored = CheckpointStore(tmp_path).restore_params(abstract["params"])
   assert not np.array_equal(restored.state, values + 1)
 
@@ -296,7 +296,7 @@ def test_without_the_checksums_a_flipped_byte_of_an_array_is_silently_wrong(tmp_
 def test_what_orbax_cannot_read_is_skipped_where_there_are_no_checksums(tmp_path, monkeypatch):
   """On object stores, that is."""
   values, abstract = save_one_leaf(tmp_path, [1, 2])
-  monkeypatch.setattr(store_lib, "_check_whole", lambda *args: None)
+  monkeypatch.setattr(verified, "check_whole", lambda *args: None)
   truncate(tmp_path / "2" / "state" / "manifest.ocdbt")
   restored = CheckpointStore(tmp_path).restore_latest(abstract)
   assert restored.step == 1
@@ -368,7 +368,7 @@ def test_trouble_of_the_machine_is_not_taken_for_damage(checkpoints, monkeypatch
   def out_of_memory(self, *args, **kwargs):
     raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate\n1 byte")
 
-  monkeypatch.setattr(store_lib.ocp.PyTreeCheckpointHandler, "restore", out_of_memory)
+  monkeypatch.setattr(verified.ocp.PyTreeCheckpointHandler, "restore", out_of_memory)
   with pytest.raises(CheckpointError, match="cannot be read now: RESOURCE_EXHAUSTED"):
     CheckpointStore(checkpoints).restore_latest(to_abstract(make_state()))
   assert sorted(path.name for path in checkpoints.iterdir()) == ["1", "2"]
@@ -383,7 +383,7 @@ def test_a_bad_sector_is_damage_and_a_missing_permission_is_not(
   def fail(path):
     raise OSError(number, os.strerror(number))
 
-  monkeypatch.setattr(store_lib, "_crc32", fail)
+  monkeypatch.setattr(verified, "_crc32", fail)
   with pytest.raises(CheckpointError, match=re.escape(expected)) as error:
     CheckpointStore(checkpoints).restore_latest(to_abstract(make_state()))
   assert ("no checkpoint in" in str(error.value)) == (number == errno.EIO)
@@ -535,7 +535,7 @@ def test_failed_background_save_is_raised_by_the_next_save_and_by_close(tmp_path
   def no_space(*args):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-  monkeypatch.setattr(store_lib, "_checksums", no_space)
+  monkeypatch.setattr(verified, "_checksums", no_space)
   store = CheckpointStore(tmp_path / "checkpoints")
   store.save(1, make_state())
   with pytest.raises(CheckpointError, match=r"checkpoint 1 .*No space left on device"):

@@ -97,6 +97,12 @@ def _describe(path: Path, found: Any, report: Report) -> tuple[ModelConfig, Layo
   for kind, key in (("mingpt", "config"), ("nanogpt", "model_args")):
     fields = found.metadata.get(key)
     if isinstance(fields, dict) and (found.format == "mingpt") == (kind == "mingpt"):
+      if kind == "nanogpt":
+        report(
+          f"{source} does not say which gelu it has; taken as the exact one of today's nanoGPT, and"
+          ' the oldest had the tanh form: for those, convert it to a run and write "gelu_tanh" into'
+          " its config.json"
+        )
       return make_model_config(kind, fields, source, report), LAYOUTS[kind]
   config = read_foreign_config(path if path.is_dir() else path.parent, report)
   return config, LAYOUTS[{"gpt1": "openai-gpt"}.get(config.family, config.family)]

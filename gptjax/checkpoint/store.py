@@ -1,23 +1,13 @@
-"""Checkpoints of one run: saved in the background, kept by policy, verified when read.
+"""Checkpoints of one run: saved in the background, kept by policy, and the newest whole one read.
 
-Orbax writes and reads the arrays; what it does not do is added here. Its arrays carry no checksum
-(a flipped byte restores as a wrong number without a word), so the size and CRC-32 of every file
-go into `checksums.json` just before a save is committed, and are compared before anything is
-restored: a checkpoint is whole if they agree. Object stores such as gs:// checksum for themselves
-and are not read twice. The names and shapes of all leaves travel along, so that a checkpoint of
-another model is told from a damaged one.
+What one of them is, and when it is whole, is `verified`'s to know.
 """
 
-import concurrent.futures
 import contextlib
-import fnmatch
-import json
 import logging
 import math
 import os
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import absl.logging
@@ -25,26 +15,22 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from gptjax import tree as tree_lib
 from gptjax.checkpoint.run_directory import is_remote, list_steps
+from gptjax.checkpoint.verified import (
+  DamagedError,
+  check_whole,
+  describe_leaves,
+  one_line,
+  read_record,
+  restore_params,
+  restore_state,
+  write_checksums,
+)
 from gptjax.errors import CheckpointError
 
 PyTree = Any
 
-# Trouble of the machine, not of the checkpoint: falling back would hide it and lose progress.
-_TRANSIENT = (
-  "RESOURCE_EXHAUSTED",
-  "PERMISSION_DENIED",
-  "UNAVAILABLE",
-  "UNAUTHENTICATED",
-  "DEADLINE_EXCEEDED",
-  "Permission denied",
-  "Too many open files",
-  "Cannot allocate memory",
-)
-_CHECKSUMS = "checksums.json"
 _UNCOMMITTED = "orbax-checkpoint-tmp"
-_READ_BYTES = 1 << 24
 
 
 class Restored(NamedTuple):
@@ -53,10 +39,6 @@ class Restored(NamedTuple):
   step: int
   state: PyTree
   skipped: list[str]
-
-
-class _DamagedError(Exception):
-  """This checkpoint is not whole; an older one may be."""
 
 
 class CheckpointStore:
@@ -115,16 +97,16 @@ class CheckpointStore:
     self.wait()
     metrics = {}
     for step in self.steps():
-      with contextlib.suppress(_DamagedError):
-        metrics[step] = _read_record(self.path / str(step))["metrics"].get(self._metric)
+      with contextlib.suppress(DamagedError):
+        metrics[step] = read_record(self.path / str(step))["metrics"].get(self._metric)
     metrics = {step: value for step, value in metrics.items() if value is not None}
     return min(metrics, key=lambda step: (metrics[step], -step)) if metrics else None
 
   def is_whole(self, step: int) -> bool:
     """Says whether the checkpoint of a step is, to the bit, what was saved."""
     try:
-      _check_whole(self.path / str(step))
-    except _DamagedError:
+      check_whole(self.path / str(step))
+    except DamagedError:
       return False
     return True
 
@@ -152,7 +134,7 @@ class CheckpointStore:
     self.wait()
     self._saving_step = step
     finite = {k: float(v) for k, v in (metrics or {}).items() if math.isfinite(v)}
-    record = {"leaves": _describe(state), "metrics": finite}
+    record = {"leaves": describe_leaves(state), "metrics": finite}
     with self._reporting():
       manager = self._open()
       if step in manager.all_steps():
@@ -206,7 +188,7 @@ class CheckpointStore:
     if not steps:
       return None
     restored, damaged = self._restore_newest(
-      lambda path: _restore_state(path, abstract_state), steps
+      lambda path: restore_state(path, abstract_state), steps
     )
     damaged |= self._find_damaged_metrics(restored.step)
     if damaged:
@@ -231,7 +213,7 @@ class CheckpointStore:
       CheckpointError: no (such) checkpoint, none readable, or parameters of another model.
     """
     restored, damaged = self._restore_newest(
-      lambda path: _restore_params(path, abstract_params, item), self._candidates(step)
+      lambda path: restore_params(path, abstract_params, item), self._candidates(step)
     )
     restored.skipped.extend(f"checkpoint {s} skipped, {why}" for s, why in damaged.items())
     return restored
@@ -242,7 +224,7 @@ class CheckpointStore:
     Raises:
       CheckpointError: no (such) checkpoint, or none readable.
     """
-    record, _ = self._restore_newest(_read_record, self._candidates(step))
+    record, _ = self._restore_newest(read_record, self._candidates(step))
     return {
       name.removeprefix("params/"): jax.ShapeDtypeStruct(tuple(shape), dtype)
       for name, (shape, dtype) in record.state["leaves"].items()
@@ -266,7 +248,7 @@ class CheckpointStore:
     for step in sorted(steps, reverse=True):
       try:
         return Restored(step, restore(self.path / str(step)), []), damaged
-      except _DamagedError as error:
+      except DamagedError as error:
         damaged[step] = str(error)
     reasons = "; ".join(f"{step}: {reason}" for step, reason in damaged.items())
     raise CheckpointError(
@@ -281,8 +263,8 @@ class CheckpointStore:
       folder = self.path / str(step)
       if step < before_step and (folder / "metrics").exists():
         try:
-          _check_whole(folder, "metrics")
-        except _DamagedError as error:
+          check_whole(folder, "metrics")
+        except DamagedError as error:
           damaged[step] = str(error)
     return damaged
 
@@ -322,7 +304,7 @@ class CheckpointStore:
     """Runs in orbax's thread, on process 0, when all is written and not yet committed."""
     if not is_remote(self.path):
       (folder,) = self.path.glob(f"{self._saving_step}.{_UNCOMMITTED}*")
-      (folder / _CHECKSUMS).write_text(json.dumps(_checksums(folder)))
+      write_checksums(folder)
 
   @contextlib.contextmanager
   def _reporting(self) -> Iterator[None]:
@@ -332,7 +314,7 @@ class CheckpointStore:
     except Exception as error:
       self._manager = None
       raise CheckpointError(
-        f'checkpoint {self._saving_step} could not be saved to "{self.path}": {_one_line(error)};'
+        f'checkpoint {self._saving_step} could not be saved to "{self.path}": {one_line(error)};'
         " earlier checkpoints are intact; free space or mend the folder and run again"
       ) from error
 
@@ -347,125 +329,6 @@ def _is_not_raised_too(record: logging.LogRecord) -> bool:
   return not (record.exc_info and "orbax" in record.pathname)
 
 
-def _describe(state: PyTree) -> dict[str, list]:
-  return {
-    name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in tree_lib.named_leaves(state).items()
-  }
-
-
-def _checksums(folder: epath.Path, item: str = "*") -> dict[str, list[int]]:
-  """Returns {file: [bytes, CRC-32]} of a checkpoint's items; orbax's own notes change later."""
-  files = sorted(path for path in Path(folder).glob(f"{item}/**/*") if path.is_file())
-  names = [path.relative_to(folder).as_posix() for path in files]
-  with concurrent.futures.ThreadPoolExecutor() as pool:  # zlib and reading release the GIL
-    return dict(zip(names, pool.map(_crc32, files), strict=True))
-
-
-def _crc32(path: Path) -> list[int]:
-  size, crc = 0, 0
-  with path.open("rb") as file:
-    while chunk := file.read(_READ_BYTES):
-      size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-  return [size, crc]
-
-
-def _check_whole(folder: epath.Path, item: str = "*") -> None:
-  """Raises _DamagedError unless every file (of one item) is the one that was written."""
-  if is_remote(folder):
-    return
-  with _finding_damage():
-    try:
-      expected = json.loads((folder / _CHECKSUMS).read_text())
-    except FileNotFoundError:
-      raise _DamagedError(f"{_CHECKSUMS} is missing") from None
-    except ValueError:
-      raise _DamagedError(f"{_CHECKSUMS} has been altered") from None
-    found = _checksums(folder, item)
-  for name in fnmatch.filter(expected, f"{item}/*"):
-    if name not in found:
-      raise _DamagedError(f"{name} is missing")
-    if found[name][0] != expected[name][0]:
-      raise _DamagedError(f"{name} has {found[name][0]} of {expected[name][0]} bytes")
-    if found[name] != expected[name]:
-      raise _DamagedError(f"{name} has been altered (its checksum differs)")
-
-
-def _read_record(folder: epath.Path) -> dict[str, Any]:
-  """Reads the leaves' names and shapes, and the metrics."""
-  _check_whole(folder, "record")
-  with _finding_damage(), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-    return reader.restore(folder / "record")
-
-
-def _restore_state(folder: epath.Path, abstract_state: PyTree) -> PyTree:
-  _check_whole(folder)
-  _check_same_model(folder, _read_record(folder)["leaves"], abstract_state)
-  return _read_arrays(folder, abstract_state)
-
-
-def _restore_params(folder: epath.Path, abstract_params: PyTree, item: str) -> PyTree:
-  _check_whole(folder)
-  abstract = {item: abstract_params}
-  _check_same_model(folder, _read_record(folder)["leaves"], abstract, whole=False)
-  return _read_arrays(folder, abstract)[item]
-
-
-def _read_arrays(folder: epath.Path, abstract: PyTree) -> PyTree:
-  restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-  with _finding_damage(), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-    return reader.restore(
-      folder / "state",
-      args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args, partial_restore=True),
-    )
-
-
-@contextlib.contextmanager
-def _finding_damage() -> Iterator[None]:
-  """Turns what the system and orbax raise on unreadable files into _DamagedError."""
-  try:
-    yield
-  except _DamagedError:
-    raise
-  except Exception as error:
-    if isinstance(error, MemoryError) or any(word in str(error) for word in _TRANSIENT):
-      raise CheckpointError(f"checkpoint cannot be read now: {_one_line(error)}") from error
-    raise _DamagedError(f"it cannot be read ({_one_line(error)})") from error
-
-
-def _check_same_model(
-  folder: epath.Path, saved: Mapping[str, list], abstract: PyTree, whole: bool = True
-) -> None:
-  """Raises CheckpointError naming the leaves in which a checkpoint and a model differ.
-
-  Args:
-    folder: of the checkpoint, for the message.
-    saved: its leaves.
-    abstract: the model's leaves.
-    whole: also refuse dtypes that differ and saved leaves that nobody asks for.
-  """
-  wanted = _describe(abstract)
-  differences = []
-  for name in [*wanted, *saved]:
-    there, here = saved.get(name), wanted.get(name)
-    if here is None and not whole:
-      continue
-    if not whole and there is not None:
-      there, here = there[:1], here[:1]
-    if there != here:
-      differences.append(f"{name} is {_spell(there)} there and {_spell(here)} here")
-  differences = list(dict.fromkeys(differences))
-  if differences:
-    more = f" and {len(differences) - 3} more" if len(differences) > 3 else ""
-    raise CheckpointError(
-      f'checkpoint "{folder}" is of another model: {"; ".join(differences[:3])}{more};'
-      " use the config it was trained with, or another --workdir"
-    )
-
-
-def _spell(leaf: list | None) -> str:
-  return "absent" if leaf is None else " ".join(map(str, reversed(leaf)))
-
-
 def _move_aside(folder: epath.Path, step: int) -> str:
   """Renames a damaged checkpoint out of the way of later saves; returns its new name."""
   name, count = f"{step}.damaged", 1
@@ -478,20 +341,8 @@ def _move_aside(folder: epath.Path, step: int) -> str:
       (folder / str(step)).rename(folder / name)
     except OSError as error:
       raise CheckpointError(
-        f'damaged checkpoint "{folder / str(step)}" cannot be renamed: {_one_line(error)};'
+        f'damaged checkpoint "{folder / str(step)}" cannot be renamed: {one_line(error)};'
         " remove it and run again"
       ) from error
   ocp.multihost.sync_global_processes(f"gptjax_moved_aside_{step}")
   return name
-
-
-def _one_line(error: BaseException) -> str:
-  """Shortens an error to one line; the cause of a full disk hides in pages of specification."""
-  if isinstance(error, OSError) and error.strerror:
-    return error.strerror
-  text = str(error)
-  for words in ("No space left on device", "File too large", "Read-only file system", *_TRANSIENT):
-    if words in text:
-      return words
-  line = " ".join(text.split()) or type(error).__name__
-  return line if len(line) <= 160 else line[:157] + "..."
