@@ -163,7 +163,8 @@ def apply_rules(
   Returns:
     float32 scores, -inf where a token is forbidden.
   """
-  rows = _Rows(tokens_RS, length_R, prompt_length_R)
+  scores_RV, rules = jax.tree.map(jnp.asarray, (scores_RV, rules))
+  rows = _Rows(*map(jnp.asarray, (tokens_RS, length_R, prompt_length_R)))
   first_R = prompt_length_R
   if rules.bias_RN is not None:
     scores_RV += _bias(scores_RV, rows, rules)
@@ -235,7 +236,7 @@ def _completing(rows: _Rows, runs_RNW: jax.Array) -> jax.Array:
   slots_RW = rows.length_R[:, None] - jnp.arange(width - 1, 0, -1)[None, :]
   ending_RW = jnp.take_along_axis(rows.tokens_RS, jnp.maximum(slots_RW, 0), axis=1)
   ending_RW = jnp.where(slots_RW >= 0, ending_RW, -2)  # matches neither a token nor padding
-  before_RNW = jnp.asarray(runs_RNW)[..., :-1]
+  before_RNW = runs_RNW[..., :-1]
   matches_RNW = (before_RNW == ending_RW[:, None, :]) | (before_RNW == -1)
   return jnp.where(jnp.all(matches_RNW, axis=-1), runs_RNW[..., -1], -1)
 
@@ -249,7 +250,7 @@ def _penalize_repetition(scores_RV: jax.Array, rows: _Rows, repetition_R: jax.Ar
   """Source: Keskar et al. 2019 (CTRL), section 4.1, with transformers' care for the sign."""
   ids_RS = rows.where(jnp.array(True))
   old_RS = jnp.take_along_axis(scores_RV, jnp.maximum(ids_RS, 0), axis=1)
-  factor_R1 = jnp.asarray(repetition_R)[:, None]
+  factor_R1 = repetition_R[:, None]
   new_RS = jnp.where(old_RS < 0, old_RS * factor_R1, old_RS / factor_R1)
   return _at(scores_RV, ids_RS).set(new_RS, mode="drop")
 
@@ -275,7 +276,6 @@ def _repeating(rows: _Rows, ngram_R: jax.Array) -> jax.Array:
     same_RS = before_RS == jnp.take_along_axis(rows.tokens_RS, slot_R1, axis=1)
     return matches_RS & (same_RS | (back >= ngram_R)[:, None])
 
-  ngram_R = jnp.asarray(ngram_R)
   # A run begins in the row, so what the roll brought around to the first slots does not matter.
   matches_RS = (rows.slots_1S >= ngram_R[:, None] - 1) & (ngram_R > 0)[:, None]
   return rows.where(jax.lax.fori_loop(1, jnp.max(ngram_R), compare, matches_RS))
