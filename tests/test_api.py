@@ -170,6 +170,19 @@ def test_special_tokens_beyond_the_vocabulary_get_rows(tmp_path, family, mesh, c
     assert again.tokenizer.bos_id == size
 
 
+def test_a_token_that_only_a_file_adds_gets_no_row(tmp_path, capsys):
+  """As in transformers: the model is the file's, and so is the shape of its logits."""
+  size = make_char_tokenizer([TEXT], "<|endoftext|>").vocab_size
+  path, *_ = make_folder(tmp_path / "model", vocab_size=size)
+  (path / "tokenizer_config.json").write_text(json.dumps({"pad_token": "[PAD]"}))
+  model = gptjax.load(path)
+  assert model.tokenizer.pad_id == model.config.vocab_size == size
+  assert "the model refuses the others" in capsys.readouterr().err
+  (path / "tokenizer_config.json").write_text(json.dumps({"pad_token": 5}))
+  with pytest.raises(DataError, match=r"special token of tokenizer_config\.json is 5"):
+    gptjax.load(path)
+
+
 def test_a_tokenizer_from_elsewhere(folder, tmp_path):
   make_char_tokenizer(["xyz"]).save(tmp_path / "tokenizer.json")
   for path in (tmp_path, tmp_path / "tokenizer.json"):

@@ -281,6 +281,15 @@ def test_files(tmp_path):
   assert read_foreign_config(tmp_path).family == "gpt_neox"
   path.write_text(json.dumps({"afn": "gelu", "n_layer": 3}))
   assert read_foreign_config(tmp_path).family == "gpt1"
+  oldest = {"n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "finetuning_task": None}
+  path.write_text(json.dumps(oldest), encoding="utf-8-sig")
+  assert read_foreign_config(tmp_path).family == "gpt2"
+  path.write_text('{"model_type": "gpt2", "n_embd": 24, "n_layer": 2, "n_embd": 12}')
+  with pytest.raises(CheckpointError, match='"n_embd" is there twice, 24 and 12'):
+    read_foreign_config(tmp_path)
+  path.write_text("[" * 100_000)
+  with pytest.raises(CheckpointError, match="cannot be read"):
+    read_foreign_config(tmp_path)
 
 
 def test_special_ids(tmp_path):

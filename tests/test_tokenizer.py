@@ -318,3 +318,14 @@ def test_merges_that_make_no_token_are_refused(tmp_path, form, pair, capfd):
   with pytest.raises(DataError, match=f"merges '{pair[0]}' and '{pair[1]}', and has no token"):
     load_tokenizer(tmp_path)
   assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+  ("vocab", "message"), [({}, "no tokens"), ({"a": 2**32 - 5}, "id 4294967291")]
+)
+def test_ids_are_of_a_sane_size(tmp_path, vocab, message):
+  model = {"type": "BPE", "vocab": vocab, "merges": []}
+  content = {"version": "1.0", "added_tokens": [], "model": model}
+  (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+  with pytest.raises(DataError, match=f"has .*{found}; ids must be 0 to 16777215"):
+    load_tokenizer(tmp_path)

@@ -29,15 +29,24 @@ _KINDS = {
 
 
 def read_json(path: Path) -> dict[str, Any]:
-  """Reads a JSON object. Raises CheckpointError if it is missing or none."""
+  """Reads a JSON object. Raises CheckpointError if it is missing, none, or says a field twice."""
   try:
-    fields = json.loads(path.read_text(encoding="utf-8"))
+    # Editors of Windows put a mark first.
+    fields = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique)
   except FileNotFoundError:
     raise CheckpointError(f'"{path.parent}" has no {path.name}') from None
   except (ValueError, OSError, RecursionError) as error:
     raise CheckpointError(f'"{path}" cannot be read: {error}') from error
   if not isinstance(fields, dict):
     raise CheckpointError(f'"{path}" is not a JSON object')
+  return fields
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  fields = dict(pairs)
+  for name, value in pairs:
+    if fields[name] != value and value == value:
+      raise ValueError(f"{spell(name)} is there twice, {spell(value)} and {spell(fields[name])}")
   return fields
 
 

@@ -144,7 +144,7 @@ def read_token_ids(
     key = f"{name}_token_id"
     given = next((file[key] for file in files if file.get(key) is not None), ())
     ids = tuple(given) if isinstance(given, list | tuple) else (given,)
-    found[name] = tuple(i for i in ids if isinstance(i, int) and 0 <= i < vocab_size)
+    found[name] = tuple(i for i in ids if type(i) is int and 0 <= i < vocab_size)
     if found[name] != ids:
       report(f'"{path}": {key} is {spell(given)}, out of the vocabulary of {vocab_size}; ignored')
   return found
@@ -160,6 +160,9 @@ def _model_type(fields: Mapping[str, Any], source: str) -> str:
       return model_type
   if "afn" in fields:
     return "openai-gpt"
+  # As OpenAI's GPT-2 was published at first.
+  if {"n_ctx", "n_embd", "n_head", "n_layer"} <= fields.keys() and "rotary_dim" not in fields:
+    return "gpt2"
   raise CheckpointError(
     f"{source} has no model_type; write one of {', '.join(CLASS_PREFIXES)} into it"
   )

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from gptjax.checkpoint.run_directory import RunDirectory, is_remote
 from gptjax.checkpoint.store import CheckpointStore
 from gptjax.config import from_mapping
 from gptjax.data.gpt1_tokenizer import MODES
+from gptjax.data.special_tokens import check_given
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.data.tokenizer_files import split_mode
 from gptjax.errors import (
@@ -89,32 +90,38 @@ def load_model(
   """
   if dtype is not None:
     check_choice("dtype", dtype, DTYPES)
+  roles, others = check_given(special_tokens or {})
   model = resolve_model(name, report)
   words = load_model_tokenizer(model, special_tokens or {}, tokenizer)
   load = load_run if model.kind == "run" else load_foreign
   config, params = load(model.path, dtype, parallel, report)
   if words is not None and words.vocab_size > config.vocab_size:
-    new = [token for token, index in words.added_tokens.items() if index >= config.vocab_size]
+    given = dict.fromkeys([*roles.values(), *others])
+    new = [t for t in given if words.added_tokens.get(t, 0) >= config.vocab_size]
+    report(f'"{name}": {_describe_growth(new, words, config)}')
     if new:
-      more = f" and {len(new) - 3} more" if len(new) > 3 else ""
-      report(
-        f'"{name}": the model has {config.vocab_size} ids, and {", ".join(new[:3])}{more} come'
-        f" after them; its embedding grows to {words.vocab_size} rows, the new ones drawn from"
-        f" N(0, {config.init_std}) and not trained"
-      )
       params, config = _grow(params, config, words.vocab_size, parallel)
-    else:
-      report(
-        f'"{name}": the tokenizer has {words.vocab_size} ids and the model {config.vocab_size};'
-        " the model refuses the others"
-      )
   config = dataclasses.replace(
     config,
     compute_dtype="bfloat16" if dtype == "bfloat16" else "float32",
     attention_implementation="auto",
   )
-  given = {name.removesuffix("_token") for name in special_tokens or {}}
-  return Loaded(config, params, words, _token_ids(model, config, words, given, report))
+  return Loaded(config, params, words, _token_ids(model, config, words, roles, report))
+
+
+def _describe_growth(new: list[str], tokenizer: Tokenizer, config: ModelConfig) -> str:
+  """Says what becomes of the ids beyond a model's: rows for tokens that were given, or nothing."""
+  if not new:
+    return (
+      f"the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}; the model"
+      " refuses the others"
+    )
+  more = f" and {len(new) - 3} more" if len(new) > 3 else ""
+  return (
+    f"the model has {config.vocab_size} ids, and {', '.join(new[:3])}{more} come after them; its"
+    f" embedding grows to {tokenizer.vocab_size} rows, the new ones drawn from"
+    f" N(0, {config.init_std}) and not trained"
+  )
 
 
 def _grow(
@@ -133,7 +140,7 @@ def _token_ids(
   model: Model,
   config: ModelConfig,
   tokenizer: Tokenizer | None,
-  given: set[str],
+  given_roles: Mapping[str, str],
   report: Report,
 ) -> dict[str, tuple[int, ...]]:
   """Puts the ids of the model's files, and of its tokenizer, together; see `Loaded`."""
@@ -143,7 +150,9 @@ def _token_ids(
   if tokenizer is not None:
     found = {"bos": tokenizer.bos_id, "eos": tokenizer.end_id, "pad": tokenizer.pad_id}
     known = {name: (index,) for name, index in found.items() if index is not None}
-    said |= {name: ids for name, ids in known.items() if name in given or not said[name]}
+    said |= {
+      name: ids for name, ids in known.items() if f"{name}_token" in given_roles or not said[name]
+    }
   return said
 
 

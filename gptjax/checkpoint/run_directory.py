@@ -113,7 +113,7 @@ class RunDirectory:
       config = json.loads(self.config_path.read_text())
     except FileNotFoundError:
       raise CheckpointError(f'"{self.path}" is not a run directory: no config.json') from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
       raise CheckpointError(f'"{self.config_path}" cannot be read: {error}') from error
     if not isinstance(config, dict):
       raise CheckpointError(f'"{self.config_path}" is not a JSON object')

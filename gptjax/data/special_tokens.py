@@ -179,7 +179,10 @@ def _unknown_token(backend: Backend) -> str | None:
 
 
 def _content(token: Any) -> str:
-  return token["content"] if isinstance(token, dict) else str(token)
+  text = token.get("content") if isinstance(token, dict) else token
+  if not isinstance(text, str):
+    raise DataError(f"a special token of tokenizer_config.json is {token!r}; it must be a text")
+  return text
 
 
 def _tokens(value: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from gptjax.data.sentencepiece_model import make_sentencepiece_backend, read_sen
 from gptjax.errors import ConfigError, DataError, UnknownTokenizerError
 
 _OPENAI_GPT1 = ("encoder_bpe_40000.json", "vocab_40000.bpe")
+_MAX_IDS = 1 << 24
 _PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), _OPENAI_GPT1)
 
 
@@ -77,6 +78,8 @@ def _read_tokenizer_json(file: Path, mode: str | None) -> Backend:
   content = special_tokens.read_json(file)
   model = content.get("model") or {}
   vocab, merges = model.get("vocab"), model.get("merges")
+  if isinstance(vocab, dict):
+    _check_ids(vocab, file)
   if not (isinstance(vocab, dict) and isinstance(merges, list)):
     if mode:
       raise ConfigError(f'"{file}" has no byte pairs, so {mode} is not for it')
@@ -85,6 +88,14 @@ def _read_tokenizer_json(file: Path, mode: str | None) -> Backend:
   pairs = [tuple(pair.split(" ", 1) if isinstance(pair, str) else pair) for pair in merges]
   _check_merges(vocab, pairs, model.get("continuing_subword_prefix") or "", file)
   return _gpt1(file, vocab, pairs, mode) if mode else Backend.from_str(text)
+
+
+def _check_ids(vocab: dict[str, int], path: Path) -> None:
+  """Raises DataError for no ids, or large ones: the library walks through all below them."""
+  largest = max(vocab.values(), default=-1)
+  if not 0 <= largest < _MAX_IDS:
+    found = f"the id {largest}" if vocab else "no tokens"
+    raise DataError(f'tokenizer "{path}" has {found}; ids must be 0 to {_MAX_IDS - 1}')
 
 
 def _check_merges(
@@ -103,6 +114,7 @@ def _check_merges(
 
 def _read_pair(folder: Path, pair: tuple[str, str], mode: str | None) -> Backend:
   vocab, merges = models.BPE.read_file(str(folder / pair[0]), str(folder / pair[1]))
+  _check_ids(vocab, folder)
   _check_merges(vocab, merges, "", folder)
   if mode or any(token.endswith(WORD_END) for token in vocab):
     default = "gpt1-paper" if pair == _OPENAI_GPT1 else "gpt1-hf"
