@@ -66,3 +66,19 @@ def test_data_show_prints_one_object(tmp_path, capsys):
   assert main(arguments) == 0
   shown = capsys.readouterr().out
   assert shown.startswith(f"--- {file} bytes {span['start_byte']}-{span['end_byte']} of the file")
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+  """`gptjax data show ... | head -1`, with more text than a pipe holds."""
+  file = tmp_path / "own.txt"
+  file.write_text("x" * 200_000)
+  arguments = [f"--config.data.files=['{file}']", f"--config.data.cache_dir={tmp_path}/tokens"]
+  arguments += ["--config.data.tokenizer=char", "--config.model.context_length=150000"]
+  arguments += ["--config.data.end_token=", "--config.data.valid_fraction=0"]
+  command = [sys.executable, "-m", "gptjax", "data", "show", "--step", "1", *arguments]
+  command += ["--config", f"{EXPERIMENTS}/shakespeare.py:tiny"]
+  with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+    assert process.stdout.read(4) == b"--- "
+    process.stdout.close()
+    assert process.stderr.read() == b""
+  assert process.returncode == 141

@@ -116,6 +116,9 @@ def test_a_resumed_run_repeats_the_undisturbed_one_to_the_bit(run, folder, capsy
   assert "resuming after step 8" in capsys.readouterr().err
   assert losses_of(RunDirectory(copy)) == losses_of(run)
   assert RunDirectory(copy).read_samples() == run.read_samples()
+  # The time of the steps that were kept goes on; that of the lost ones is not counted twice.
+  kept, after = (run.read_metrics()[7]["seconds"], RunDirectory(copy).read_metrics()[8]["seconds"])
+  assert kept < after < kept + sum(line["seconds"] for line in run.read_metrics())
 
 
 def test_a_run_killed_before_its_first_save_leaves_no_lines_behind(run, folder):
@@ -153,11 +156,22 @@ def test_another_seed_is_another_run(run, folder):
   assert losses_of(RunDirectory(folder / "other"))[:2] != losses_of(run)[:2]
 
 
-def test_init_from_starts_with_the_trained_parameters(run, folder):
+def test_init_from_starts_with_the_trained_parameters(run, folder, capsys):
   overrides = (f"init_from={run.path}", "train.num_steps=1", "seed=3")
   assert pretrain(folder, folder / "started", *overrides) == 0
   first = losses_of(RunDirectory(folder / "started"))[0][1]
   assert first < losses_of(run)[0][1] - 0.2
+  # The same model as another library has it.
+  assert main(["convert", str(run.path), f"{folder}/hf", "--to", "hf"]) == 0
+  capsys.readouterr()
+  overrides = (f"init_from={folder}/hf", *overrides[1:])
+  assert pretrain(folder, folder / "started from hf", *overrides) == 2
+  assert capsys.readouterr().err.strip().endswith("set model.vocab_multiple=128")
+  assert pretrain(folder, folder / "started from hf", *overrides, "model.vocab_multiple=128") == 0
+  assert "all 20 parameters match" in capsys.readouterr().err
+  # Padding of another width may change the order of sums in float32.
+  again = losses_of(RunDirectory(folder / "started from hf"))[0][1]
+  assert again == pytest.approx(first, rel=1e-6)
 
 
 def test_a_diverging_run_stops_and_names_what_went_bad(folder, capsys):

@@ -35,6 +35,7 @@ from gptjax.train.setup import (
   batch_schedule,
   check_events,
   describe_data,
+  ending_at_once,
   ending_together,
   is_finished_and_whole,
   make_parallel,
@@ -91,7 +92,8 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
     if is_finished:
       say(f"{workdir} has all of its {num_steps} steps; nothing to do")
       return
-    Pretraining(config, run, prepared, parallel, source, num_steps, started).run_all()
+    with ending_at_once(parallel):
+      Pretraining(config, run, prepared, parallel, source, num_steps, started).run_all()
 
 
 @dataclasses.dataclass

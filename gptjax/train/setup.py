@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import os
 import sys
+import traceback
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -101,6 +103,27 @@ def ending_together(parallel: parallel_lib.Parallel) -> Iterator[None]:
     raise
   if parallel.agree(False):
     raise UserError("another process of the run cannot go on; its message says why")
+
+
+@contextlib.contextmanager
+def ending_at_once(parallel: parallel_lib.Parallel) -> Iterator[None]:
+  """Ends this process of several if it fails inside.
+
+  What fails in one process alone (a full disk, a dead machine) breaks the connections of the
+  others, who then fail here too; Python's own way out would wait minutes for all of them.
+  """
+  try:
+    yield
+  except Exception as error:
+    if parallel.process_count == 1:
+      raise
+    if isinstance(error, UserError):
+      reason = " ".join(str(error).split())
+    else:
+      traceback.print_exc()
+      reason = "the error above; if another process ended before, its message says why"
+    print(f"gptjax: process {parallel.process_index}: {reason}", file=sys.stderr, flush=True)
+    os._exit(2)
 
 
 def resolve_model(config: PretrainConfig, prepared: PreparedData) -> PretrainConfig:
