@@ -327,5 +327,5 @@ def test_ids_are_of_a_sane_size(tmp_path, vocab, message):
   model = {"type": "BPE", "vocab": vocab, "merges": []}
   content = {"version": "1.0", "added_tokens": [], "model": model}
   (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-  with pytest.raises(DataError, match=f"has .*{found}; ids must be 0 to 16777215"):
+  with pytest.raises(DataError, match=f"has .*{message}; ids must be 0 to 16777215"):
     load_tokenizer(tmp_path)
