@@ -67,6 +67,19 @@ ODD_SHAPES = {
     "gptneox", num_heads=1, rotary_dim=None, rotary_base=100.0, vocab_multiple=32
   ),
 }
+# What transformers has too, in shapes where its code takes other paths.
+HF_CASES = {
+  **{family: FAMILIES[family] for family in ("gpt1", "gpt2", "gptj", "gptneo", "gptneox")},
+  "gpt1-one-layer": make_config("gpt1", num_layers=1, num_heads=4, vocab_size=64),
+  "gpt2-narrow-mlp": make_config("gpt2", ffw_dim=17, vocab_multiple=1, num_heads=1),
+  "gpt2-scaled-by-layer": make_config("gpt2", num_layers=3, scale_attention_by_layer=True),
+  "gpt2-relu": make_config("gpt2", activation="relu", norm_epsilon=1e-3),
+  "gptj-all-rotated": make_config("gptj", rotary_dim=None, num_heads=2, ffw_dim=40),
+  "gptneo-wide-window": make_config("gptneo", window_size=99, num_layers=4, vocab_size=7),
+  "gptneo-window-of-one": make_config("gptneo", window_size=1),
+  "gptneox-all-rotated": make_config("gptneox", rotary_dim=None, num_layers=1, num_heads=2),
+  "gptneox-other-base": make_config("gptneox", rotary_dim=6, rotary_base=100.0, num_heads=2),
+}
 
 
 def make_params(config, seed=0, gain=1.0):

@@ -5,6 +5,7 @@ prints what changed. Transformers' need PyTorch; without it their file is left a
 """
 
 import difflib
+import functools
 import importlib.util
 import json
 import sys
@@ -16,8 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import jax
 import numpy as np
 import optax
-from families import FAMILIES, make_batch, make_params, make_tokens
+from families import FAMILIES, HF_CASES, make_batch, make_params, make_tokens
 
+from gptjax.checkpoint.export import foreign_tensors
 from gptjax.model.decoder import hidden_states
 from gptjax.model.heads import lm_logits
 from gptjax.train.config import OptimizerConfig
@@ -27,58 +29,56 @@ from gptjax.train.step import LanguageModelObjective, init_state, make_train_ste
 
 FOLDER = Path(__file__).parent / "golden"
 FAMILIES_FILE, STEPS_FILE = FOLDER / "families.json", FOLDER / "train_step.json"
-HF_FAMILIES = ("gpt1", "gpt2", "gptj", "gptneo", "gptneox")
 OPTIMIZERS = ("adamw", "muon")
 NUM_STEPS = 2
 NUM_LOGITS = 6
 
 
-def make_inputs(family):
+def make_inputs(config):
   """Returns (config, params, tokens [B, L + 1]) from NumPy seeds, the same everywhere."""
-  config = FAMILIES[family]
   return config, make_params(config, seed=11), make_tokens(config, length=14, seed=12)
 
 
 def summarize(logits_BLV, loss, gradients):
-  """Returns the numbers that are kept: the first logits of the last place, loss, gradient norm."""
-  squares = [np.square(np.asarray(g, np.float64)).sum() for g in gradients]
+  """Returns what is kept: the first logits of the last place, loss, norm of each gradient."""
+  norms = {name: np.linalg.norm(np.asarray(g, np.float64)) for name, g in gradients.items()}
   return {
     "loss": float(loss),
-    "grad_norm": float(np.sqrt(sum(squares))),
     "logits": [float(x) for x in logits_BLV[-1, -1, :NUM_LOGITS]],
+    "gradient_norms": {name: float(norm) for name, norm in norms.items()},
   }
 
 
 def hf_numbers():
-  """Computes every family's numbers with transformers, in float64."""
+  """Computes every case's numbers with transformers, in float64."""
   # PyTorch may be absent.
-  from hf_models import hf_results, make_hf_model
+  from hf_models import hf_results, make_hf_model, to_file_names
 
   numbers = {}
-  for family in HF_FAMILIES:
-    config, params, tokens = make_inputs(family)
+  for name, case in HF_CASES.items():
+    config, params, tokens = make_inputs(case)
     logits, loss, gradients = hf_results(make_hf_model(params, config), tokens)
-    numbers[family] = summarize(logits, loss, gradients.values())
+    numbers[name] = summarize(logits, loss, to_file_names(gradients))
   return numbers
 
 
-def our_numbers(family):
-  """Computes one family's numbers with gptjax."""
-  config, params, tokens = make_inputs(family)
+def our_numbers(config, params, tokens):
+  """Computes the same numbers with gptjax; gradients by transformers' names."""
   batch = make_batch(tokens).replace(weights_BL=np.ones_like(tokens[:, 1:], np.float32))
+  logits, loss, gradients = _compute(params, batch, config)
+  return summarize(logits, loss, foreign_tensors(config, gradients))
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _compute(params, batch, config):
   no_z_loss = make_hyper("adamw").replace(z_loss=0.0)
 
-  @jax.jit
-  def compute(params):
-    def loss(params):
-      terms, sums = LanguageModelObjective(config)(params, batch, no_z_loss, None)
-      return terms["loss"] / sums["loss"][1]
+  def loss(params):
+    terms, sums = LanguageModelObjective(config)(params, batch, no_z_loss, None)
+    return terms["loss"] / sums["loss"][1]
 
-    hidden = hidden_states(params["decoder"], batch, config)
-    return lm_logits(params, hidden, config), *jax.value_and_grad(loss)(params)
-
-  logits, loss, gradients = compute(params)
-  return summarize(logits, loss, jax.tree.leaves(gradients))
+  hidden = hidden_states(params["decoder"], batch, config)
+  return lm_logits(params, hidden, config), *jax.value_and_grad(loss)(params)
 
 
 def make_optimizer_config(name):
@@ -97,7 +97,7 @@ def make_hyper(name):
 
 def train_numbers(name):
   """Runs the step of an optimiser on two micro-batches of uneven weights."""
-  config, params, tokens = make_inputs("gpt2")
+  config, params, tokens = make_inputs(FAMILIES["gpt2"])
   batch = make_batch(tokens).map(lambda x: x[:, None])
   optimizer, hyper = make_optimizer_config(name), make_hyper(name)
   step = make_train_step(LanguageModelObjective(config), optimizer)

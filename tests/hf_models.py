@@ -7,12 +7,20 @@ import transformers
 from gptjax.checkpoint.export import foreign_tensors
 from gptjax.checkpoint.export_config import write_foreign_config
 
+# In files they keep an older name of GPT-NeoX's head.
+_MODULE_OF_FILE = {"embed_out.weight": "lm_head.weight"}
+
 
 def to_hf(params, config) -> dict[str, np.ndarray]:
   """Renames parameters, or gradients, to transformers' modules; linear in the values."""
-  # In files they keep an older name of GPT-NeoX's head.
-  renamed = {"embed_out.weight": "lm_head.weight"}
   tensors = foreign_tensors(config, params)
+  return {_MODULE_OF_FILE.get(name, name): tensor for name, tensor in tensors.items()}
+
+
+def to_file_names(tensors):
+  """Renames tensors of transformers' modules as their files name them."""
+  is_neox = any(name.startswith("gpt_neox.") for name in tensors)
+  renamed = {module: name for name, module in _MODULE_OF_FILE.items()} if is_neox else {}
   return {renamed.get(name, name): tensor for name, tensor in tensors.items()}
 
 

@@ -6,14 +6,7 @@ import functools
 import jax
 import numpy as np
 import pytest
-from families import (
-  FAMILIES,
-  make_batch,
-  make_config,
-  make_params,
-  make_tokens,
-  relative_error,
-)
+from families import HF_CASES, make_batch, make_params, make_tokens, relative_error
 
 from gptjax.model.config import ModelConfig
 from gptjax.model.decoder import hidden_states
@@ -25,18 +18,6 @@ pytestmark = pytest.mark.hf
 # Theirs is float64 except where a model casts to float32 by itself; ours is float32.
 LOGITS_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = 2e-5
-CASES = {
-  **{family: FAMILIES[family] for family in ("gpt1", "gpt2", "gptj", "gptneo", "gptneox")},
-  "gpt1-one-layer": make_config("gpt1", num_layers=1, num_heads=4, vocab_size=64),
-  "gpt2-narrow-mlp": make_config("gpt2", ffw_dim=17, vocab_multiple=1, num_heads=1),
-  "gpt2-scaled-by-layer": make_config("gpt2", num_layers=3, scale_attention_by_layer=True),
-  "gpt2-relu": make_config("gpt2", activation="relu", norm_epsilon=1e-3),
-  "gptj-all-rotated": make_config("gptj", rotary_dim=None, num_heads=2, ffw_dim=40),
-  "gptneo-wide-window": make_config("gptneo", window_size=99, num_layers=4, vocab_size=7),
-  "gptneo-window-of-one": make_config("gptneo", window_size=1),
-  "gptneox-all-rotated": make_config("gptneox", rotary_dim=None, num_layers=1, num_heads=2),
-  "gptneox-other-base": make_config("gptneox", rotary_dim=6, rotary_base=100.0, num_heads=2),
-}
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +50,9 @@ def make_even_batch(tokens_BL):
   return make_batch(tokens_BL).replace(weights_BL=np.ones_like(tokens_BL[:, 1:], np.float32))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", HF_CASES)
 def test_logits_loss_and_every_gradient(hf, name):
-  config, params = CASES[name], make_params(CASES[name])
+  config, params = HF_CASES[name], make_params(HF_CASES[name])
   tokens = make_tokens(config, length=14)
   logits, loss, gradients = compute(params, make_even_batch(tokens), config)
   expected_logits, expected_loss, expected_gradients = hf.hf_results(
@@ -88,7 +69,7 @@ def test_logits_loss_and_every_gradient(hf, name):
 @pytest.mark.parametrize("family", ["gpt1", "gpt2", "gptj", "gptneo", "gptneox"])
 def test_a_perturbed_tensor_is_noticed(hf, family):
   """In the logits, for each tensor of theirs moved in one entry."""
-  config, params = CASES[family], make_params(CASES[family])
+  config, params = HF_CASES[family], make_params(HF_CASES[family])
   tokens = make_tokens(config, length=14)
   tokens[0, 0] = 0
   logits, _, _ = compute(params, make_even_batch(tokens), config)
