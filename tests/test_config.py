@@ -149,6 +149,8 @@ def test_options_without_effect_beside_a_mixture_are_refused():
   for key, value in (("valid_files", ["b.txt"]), ("valid_fraction", 0.2), ("weight", 2.0)):
     with pytest.raises(ConfigError, match=f"data.{key} has no effect beside data.mixture"):
       from_mapping(DataConfig, {"mixture": mixture, key: value}, "data.")
+  with pytest.raises(ConfigError, match=r"data\.weight is 2\.0, which has no effect without"):
+    from_mapping(DataConfig, {"files": ["a.txt"], "weight": 2.0}, "data.")
 
 
 def test_an_unknown_key_of_a_file_is_refused():

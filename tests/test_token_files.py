@@ -319,6 +319,7 @@ def test_contradicting_and_empty_input_is_one_line(tmp_path, text_file):
     ({}, "set data.files, data.token_files or data.hub"),
     ({"files": (text_file,), "hub": "x"}, "keep one"),
     ({"files": (text_file,), "valid_token_files": bins}, "no effect"),
+    ({"files": (text_file,), "hub_valid_split": "test"}, "data.hub_valid_split has no effect"),
     ({"token_files": bins}, "no text to make it from"),
     ({"files": (f"{tmp_path}/empty.txt",)}, "is empty"),
     ({"files": (f"{tmp_path}/empty.txt",), "tokenizer": "char"}, "is empty"),

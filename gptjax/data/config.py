@@ -79,6 +79,8 @@ class DataConfig(CorpusConfig):
       raise ConfigError(f"data.build_processes is {self.build_processes}; it must be at least 0")
     if self.mixture and not self.is_empty:
       raise ConfigError("data.mixture and data.files/token_files/hub are both set; keep one")
+    if not self.mixture and self.weight != 1:
+      raise ConfigError(f"data.weight is {self.weight}, which has no effect without data.mixture")
     corpus_fields = dataclasses.fields(CorpusConfig) if self.mixture else ()
     stray = [f"data.{f.name}" for f in corpus_fields if getattr(self, f.name) != f.default]
     if stray:

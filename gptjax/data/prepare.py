@@ -36,6 +36,13 @@ from gptjax.errors import ConfigError, DataError
 FORMAT_VERSION = 1
 SPLITS = ("train", "valid")
 
+# What only one kind of text has.
+OWNERS = {
+  "valid_files": "files",
+  "valid_token_files": "token_files",
+  "hub_split": "hub",
+  "hub_valid_split": "hub",
+}
 # Smaller corpora are tokenised before a process would have started.
 PROCESSES_FROM_BYTES = 32 << 20
 # Larger ones train their BPE on a sample. Where words are not parted by spaces nearly every word
@@ -164,8 +171,8 @@ def _find_inputs(name: str, corpus: CorpusConfig) -> _Inputs:
     )
   if len(kinds) > 1:
     raise ConfigError(f'data.{kinds[0]} and data.{kinds[1]} are both set for "{name}"; keep one')
-  for key, owner in (("valid_files", "files"), ("valid_token_files", "token_files")):
-    if getattr(corpus, key) and kinds != [owner]:
+  for key, owner in OWNERS.items():
+    if getattr(corpus, key) != getattr(CorpusConfig, key) and kinds != [owner]:
       raise ConfigError(f"data.{key} has no effect without data.{owner}; leave it out")
   if corpus.token_files:
     train, valid = (
