@@ -73,7 +73,7 @@ def check_details(config: Any) -> None:
         raise ConfigError(
           f"{details.group}.{key} is {value!r}, which has no effect with"
           f" {details.group}.{details.choice} {choice!r} (but with {', '.join(details.users)});"
-          f" leave it out, which is {default!r}"
+          f" leave it at its default, {default!r}"
         )
 
 
