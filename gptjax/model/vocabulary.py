@@ -1,6 +1,7 @@
 """Rows for new tokens: the one change of shape that a model can have."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -43,9 +44,7 @@ def grow_vocabulary(
   def grow(name, leaf):
     if not is_vocabulary(name):
       return leaf
-    rows = [leaf[: config.vocab_size], new_rows[name].astype(leaf.dtype)]
-    padding = (grown.padded_vocab_size - vocab_size, *leaf.shape[1:])
-    return jnp.concatenate([*rows, jnp.zeros(padding, leaf.dtype)])
+    return _append(leaf, new_rows[name], config.vocab_size, grown.padded_vocab_size)
 
   return map_named(grow, params), grown
 
@@ -53,3 +52,11 @@ def grow_vocabulary(
 def is_vocabulary(name: str) -> bool:
   """Says whether the first axis of a parameter is the padded vocabulary."""
   return name.startswith("lm_head/") or name == "decoder/token_embedding/embedding"
+
+
+# In one piece: the parts of a large table would each be a copy of it.
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _append(leaf: jax.Array, rows: jax.Array, num_kept: int, num_rows: int) -> jax.Array:
+  """Returns the first `num_kept` rows, then the new ones, then zeros."""
+  padding = jnp.zeros((num_rows - num_kept - len(rows), *leaf.shape[1:]), leaf.dtype)
+  return jnp.concatenate([leaf[:num_kept], rows.astype(leaf.dtype), padding])
