@@ -406,6 +406,12 @@ def test_what_a_model_argument_is(tmp_path, monkeypatch):
     resolve_model("gpt2-that-nobody-has", report=silent)
 
 
+@pytest.mark.parametrize("name", ["x" * 5000, "~nobody-here/x", "", "a\0b", "http://x.y/z"])
+def test_names_that_nothing_can_have_are_refused(name):
+  with pytest.raises(CheckpointError, match=r"no model|cannot be read"):
+    resolve_model(name, report=silent)
+
+
 nano_sort = pytest.mark.skipif(not NANO_SORT.is_dir(), reason=f"no {NANO_SORT}")
 
 

@@ -287,7 +287,7 @@ def test_damaged_shards_are_refused(name, tmp_path):
   os.truncate(tmp_path / first, 0)
   assert "empty" in refusal(tmp_path)
   (tmp_path / first).unlink()
-  assert f"the first is {first}" in refusal(tmp_path)
+  assert f"the first is '{first}'" in refusal(tmp_path)
   (tmp_path / first).write_bytes((tmp_path / second).read_bytes())
   assert "does not hold 'of.float64'" in refusal(tmp_path)
 
@@ -297,6 +297,15 @@ def test_an_index_names_files_beside_it_only(shard, tmp_path):
   index = {"weight_map": {"w": shard}}
   (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
   assert "no file beside it" in refusal(tmp_path)
+
+
+def test_an_index_may_name_what_no_file_can_be_called(tmp_path):
+  index = {"weight_map": {"w": "x" * 5000}}
+  (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+  assert "cannot be read: File name too long" in refusal(tmp_path)
+  index = {"weight_map": {"w": "\x1b[2Jx"}}
+  (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+  assert "the first is '\\x1b[2Jx'" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -466,6 +475,7 @@ def write_bomb(archive, name, data):
     (write_bomb, "compressed"),
     (write_renamed, "not in the archive"),
     (lambda a, name, data: a.writestr(name.replace("data.pkl", "x.pkl"), data), "no data.pkl"),
+    (lambda a, name, data: a.writestr("/" + name.split("/", 1)[1], data), "no data.pkl"),
     (lambda a, name, data: a.writestr(name, data.replace(b"little", b"big")), "little-endian"),
     (
       lambda a, name, data: a.writestr(name.replace("version", "constants.pkl"), data),

@@ -43,15 +43,34 @@ def resolve_model(name: str | os.PathLike, report: Report = print) -> Model:
   """
   name = os.fspath(name)
   if is_remote(name):
-    if is_run_directory(name):
+    if _is_remote_run(name):
       return Model("run", name)
     raise CheckpointError(f'"{name}" is no run directory; download other models to a folder')
-  path = Path(name).expanduser()
-  if path.exists():
+  path = _find_local(name)
+  if path is not None:
     return Model("run" if path.is_dir() and is_run_directory(path) else "foreign", str(path))
   if not _may_be_hub_name(name):
     raise CheckpointError(f'no model "{name}": there is no such folder or file')
   return Model("foreign", _download(name, report))
+
+
+def _is_remote_run(name: str) -> bool:
+  try:
+    return is_run_directory(name)
+  except CheckpointError:
+    raise
+  # Whatever the library of the object store raises, or its absence.
+  except Exception as error:
+    raise CheckpointError(f'"{name}" cannot be read: {type(error).__name__}: {error}') from error
+
+
+def _find_local(name: str) -> Path | None:
+  """Returns the path of that name if there is something; names too long or of nobody's home too."""
+  try:
+    path = Path(name).expanduser()
+    return path if name and path.exists() else None
+  except (OSError, RuntimeError, ValueError):
+    return None
 
 
 def _may_be_hub_name(name: str) -> bool:

@@ -281,7 +281,7 @@ def is_run_directory(path: str | os.PathLike) -> bool:
 
 def is_remote(path: str | os.PathLike) -> bool:
   """Says whether a path is on an object store, such as gs:// or s3://."""
-  return "://" in os.fspath(epath.Path(path))
+  return "://" in os.fspath(path)
 
 
 def list_steps(checkpoints_path: str | os.PathLike) -> list[int]:

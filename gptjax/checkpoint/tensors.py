@@ -134,11 +134,11 @@ def _open_shards(index: Path) -> TensorSource:
     if not isinstance(weight_map, dict) or not weight_map:
       raise Malformed("it has no weight_map of names to files")
     shard_names = _check_shard_names(weight_map.values())
-  missing = [name for name in shard_names if not (index.parent / name).exists()]
+    missing = [name for name in shard_names if not (index.parent / name).exists()]
   if missing:
     raise CheckpointError(
       f'"{index}" names {len(shard_names)} shards and {len(missing)} of them are missing, the first'
-      f" is {missing[0]}; copy or download it to the same folder"
+      f" is {lazy_tensor.spell(missing[0])}; copy or download it to the same folder"
     )
   shards = {name: _open_file(index.parent / name) for name in shard_names}
   for name, shard_name in weight_map.items():

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import math
 import mmap
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -62,7 +63,7 @@ def read_torch_zip(path: Path, buffer: mmap.mmap) -> tuple[dict[str, LazyTensor]
     Malformed: no archive of torch.save, truncated, compressed, or its pickle is refused.
   """
   members = _find_members(path, buffer)
-  pickles = [name for name in members if name.endswith("/data.pkl") and name.count("/") == 1]
+  pickles = [name for name in members if re.fullmatch("[^/]+/data.pkl", name)]
   if len(pickles) != 1:
     raise Malformed("it is a zip file with no data.pkl of torch.save in it")
   prefix = pickles[0].removesuffix("data.pkl")
