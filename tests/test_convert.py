@@ -1,5 +1,6 @@
 """Other people's checkpoints load exactly, go back exactly, and are refused by name."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -326,6 +327,11 @@ def test_openai_gpt1(tmp_path):
   assert_same(found, params)
   assert (found_config.family, found_config.num_heads) == ("gpt1", 2)
   assert found_config.context_length == config.context_length
+  fields = foreign_files.config_of(dataclasses.replace(config, num_heads=4))
+  (folder / "config.json").write_text(json.dumps(fields))
+  found_config, found = load_foreign(folder, report=notes.append)
+  assert_same(found, params)
+  assert found_config.num_heads == 4 and len(notes) == 1
 
 
 def test_sharded_export(tmp_path):
@@ -382,6 +388,17 @@ def test_the_tokenizer_goes_along(tmp_path):
   large = make_char_tokenizer([chr(i) for i in range(200, 300)])
   with pytest.raises(CheckpointError, match="the tokenizer has 100 ids and the model 61"):
     save_hf(tmp_path / "y", config, params, large)
+
+
+def test_tokens_added_beyond_the_model_are_written_and_not_named_as_its_ids(tmp_path):
+  config, params, _, _ = make_model("gpt2")
+  make_char_tokenizer([chr(i) for i in range(200, 260)], "<end>").save(tmp_path / "tokenizer.json")
+  tokenizer = load_tokenizer(tmp_path / "tokenizer.json", pad_token="[PAD]")
+  assert tokenizer.pad_id == config.vocab_size
+  save_hf(tmp_path / "x", config, params, tokenizer)
+  fields = json.loads((tmp_path / "x/config.json").read_text())
+  assert (fields["eos_token_id"], fields["pad_token_id"]) == (60, None)
+  assert load_tokenizer(tmp_path / "x").pad_id == config.vocab_size
 
 
 def test_names_of_tensors(tmp_path):

@@ -92,7 +92,8 @@ def load_foreign(
 def _describe(path: Path, found: Any, report: Report) -> tuple[ModelConfig, Layout]:
   """Returns the config and the layout of what was opened."""
   source = f'"{path}"'
-  if found.format == "openai-gpt1":
+  folder = path if path.is_dir() else path.parent
+  if found.format == "openai-gpt1" and not (folder / "config.json").is_file():
     return _openai_config(found, source, report), LAYOUTS["openai-gpt"]
   for kind, key in (("mingpt", "config"), ("nanogpt", "model_args")):
     fields = found.metadata.get(key)
@@ -104,7 +105,7 @@ def _describe(path: Path, found: Any, report: Report) -> tuple[ModelConfig, Layo
           " its config.json"
         )
       return make_model_config(kind, fields, source, report), LAYOUTS[kind]
-  config = read_foreign_config(path if path.is_dir() else path.parent, report)
+  config = read_foreign_config(folder, report)
   return config, LAYOUTS[{"gpt1": "openai-gpt"}.get(config.family, config.family)]
 
 
@@ -176,7 +177,10 @@ def _openai_config(found: Any, source: str, report: Report) -> ModelConfig:
     raise CheckpointError(f"{source} has embeddings of shape {found['model/pe'].shape}, not [L, D]")
   context_length, model_dim = found["model/pe"].shape
   if model_dim != 768:
-    report(f"{source} is no published GPT-1 and does not say how wide its heads are; taken as 64")
+    report(
+      f"{source} is no published GPT-1 and does not say how wide its heads are; taken as 64 (a"
+      " config.json beside it is read)"
+    )
   fields = {
     "vocab_size": found["model/we"].shape[0],
     "n_positions": context_length,

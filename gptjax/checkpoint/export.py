@@ -54,15 +54,13 @@ def save_hf(
   path = Path(path)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise CheckpointError(f'"{path}" exists and is not empty; choose another folder or remove it')
-  if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-    raise CheckpointError(
-      f"the tokenizer has {tokenizer.vocab_size} ids and the model {config.vocab_size}; give the"
-      " tokenizer of this model"
-    )
   tensors = _Tensors(config, params)
   ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
   if tokenizer is not None:
-    ids = dict(zip(ids, (tokenizer.bos_id, tokenizer.end_id, tokenizer.pad_id), strict=True))
+    _check_tokenizer(tokenizer, config)
+    found = (tokenizer.bos_id, tokenizer.end_id, tokenizer.pad_id)
+    kept = (i if i is not None and i < config.vocab_size else None for i in found)
+    ids = dict(zip(ids, kept, strict=True))
   fields = write_foreign_config(config) | ids | {"torch_dtype": tensors.common_dtype()}
   with _appearing(path) as folder:
     _write_json(folder / "config.json", fields)
@@ -70,6 +68,17 @@ def save_hf(
     if tokenizer is not None:
       _write_tokenizer(folder, tokenizer, config)
     _write_shards(folder, tensors, max_shard_bytes)
+
+
+def _check_tokenizer(tokenizer: Any, config: ModelConfig) -> None:
+  """Raises CheckpointError for another model's; tokens added to a model's own may lie beyond it."""
+  own = tokenizer.backend.get_vocab(with_added_tokens=False)
+  num_ids = max(own.values(), default=-1) + 1
+  if num_ids > config.vocab_size:
+    raise CheckpointError(
+      f"the tokenizer has {num_ids} ids and the model {config.vocab_size}; give the tokenizer of"
+      " this model"
+    )
 
 
 def foreign_tensors(config: ModelConfig, params: PyTree) -> dict[str, np.ndarray]:
