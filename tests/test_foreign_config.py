@@ -15,6 +15,7 @@ from gptjax.checkpoint.foreign_config import (
 from gptjax.errors import CheckpointError
 from gptjax.model.config import ModelConfig
 from gptjax.model.presets import PRESETS
+from gptjax.model.recipe import nearest_recipe
 
 NEO = {"num_layers": 4, "attention_types": [[["global", "local"], 2]]}
 
@@ -207,6 +208,70 @@ def test_what_has_no_effect_is_said_once():
   assert notes == [
     "the config: fields that have no effect on this model: author, created_date, n_inenr"
   ]
+
+
+GENERATION = {"task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}}}
+SUMMARY = {
+  "summary_activation": None,
+  "summary_first_dropout": 0.1,
+  "summary_proj_to_labels": True,
+  "summary_type": "cls_index",
+  "summary_use_proj": True,
+}
+GPT2_SIZES = {"n_ctx": 1024, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 1024}
+# What the hub's repositories say, with all that has no effect.
+HUB = {
+  "gpt2": GENERATION
+  | SUMMARY
+  | GPT2_SIZES
+  | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 50257}
+  | {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "initializer_range": 0.02}
+  | {"attn_pdrop": 0.1, "embd_pdrop": 0.1, "resid_pdrop": 0.1}
+  | {"bos_token_id": 50256, "eos_token_id": 50256},
+  "gpt2-medium": SUMMARY
+  | {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "vocab_size": 32000}
+  | {"n_ctx": 1024, "n_embd": 1024, "n_head": 16, "n_layer": 24, "n_positions": 1024}
+  | {"n_inner": 4096, "activation_function": "gelu_new", "gradient_checkpointing": False}
+  | {"scale_attn_weights": True, "use_cache": True, "tokenizer_class": "T5Tokenizer"}
+  | {"reorder_and_upcast_attn": False, "scale_attn_by_inverse_layer_idx": False}
+  | {"torch_dtype": "float32", "transformers_version": "4.11.3", "pad_token_id": None},
+  "gpt1": GENERATION
+  | SUMMARY
+  | {"model_type": "openai-gpt", "architectures": ["OpenAIGPTLMHeadModel"], "afn": "gelu"}
+  | {"n_ctx": 512, "n_embd": 768, "n_head": 12, "n_layer": 12, "n_positions": 512, "n_special": 0}
+  | {"predict_special_tokens": True, "vocab_size": 40478, "attn_pdrop": 0.1, "embd_pdrop": 0.1},
+  "gptj-6b": GENERATION
+  | SUMMARY
+  | {"model_type": "gptj", "architectures": ["GPTJForCausalLM"], "vocab_size": 50400}
+  | {"n_embd": 4096, "n_head": 16, "n_layer": 28, "n_positions": 2048, "n_inner": None}
+  | {"rotary": True, "rotary_dim": 64, "scale_attn_weights": True, "use_cache": True}
+  | {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0, "gradient_checkpointing": False}
+  | {"tie_word_embeddings": False, "tokenizer_class": "GPT2Tokenizer", "torch_dtype": "float16"},
+  "gpt-neo-125m": GENERATION
+  | SUMMARY
+  | {"model_type": "gpt_neo", "architectures": ["GPTNeoForCausalLM"], "vocab_size": 50257}
+  | {"hidden_size": 768, "num_heads": 12, "num_layers": 12, "max_position_embeddings": 2048}
+  | {"attention_types": [[["global", "local"], 6]], "attention_layers": ["global", "local"] * 6}
+  | {"attention_dropout": 0, "embed_dropout": 0, "resid_dropout": 0, "intermediate_size": None}
+  | {"window_size": 256, "gradient_checkpointing": False, "use_cache": True},
+  "pythia-70m": {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}
+  | {"hidden_size": 512, "num_attention_heads": 8, "num_hidden_layers": 6, "vocab_size": 50304}
+  | {"intermediate_size": 2048, "max_position_embeddings": 2048, "rotary_pct": 0.25}
+  | {"rotary_emb_base": 10000, "use_parallel_residual": True, "hidden_act": "gelu"}
+  | {"layer_norm_eps": 1e-5, "tie_word_embeddings": False, "torch_dtype": "float16"}
+  | {"bos_token_id": 0, "eos_token_id": 0, "use_cache": True, "rope_scaling": None},
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_configs_of_the_hub_are_the_published_models_without_a_note(name):
+  notes = []
+  fields = HUB[name]
+  recipe = nearest_recipe(make_model_config(fields["model_type"], fields, name, notes.append))
+  assert notes == []
+  assert recipe.name == name
+  changed = {field for field in recipe.differences if "dropout" not in field}
+  assert changed == ({"vocab_size"} if name == "gpt2-medium" else set())
 
 
 @pytest.mark.parametrize("name", ODD_SHAPES)
