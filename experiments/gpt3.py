@@ -3,7 +3,7 @@
 Source: Brown et al. 2020, table 2.1 and appendix B; see gptjax/model/presets.py for its two
   misprints. Batches are the powers of two nearest to the table's tokens (1,536 rows for 3.2M).
   The ramp of the batch is over 4B tokens for the three smallest, 8B for the next three, 12B for
-  the largest: the paper says "4-12 billion tokens depending on the model size".
+  the largest: the paper says "4-12 billion tokens depending on the model size". Ours doubles.
   Layers alternate dense and locally banded attention; the width of the band is not published.
 Command: gptjax pretrain --config experiments/gpt3.py:small --workdir gs://BUCKET/gpt3 \\
     --config.train.mode=mesh --config.train.mesh_fsdp=-1 --config.train.mesh_data=1

@@ -29,6 +29,7 @@ def test_version_is_quick_and_imports_no_jax():
     (["pretrain", "--config", "x.py", "--wrkdir", "d"], "--workdir"),
     (["pretrain", "--workdir", "d"], "--config"),
     (["pretrain", "--config", "experiments/none.py", "--workdir", "d"], "experiments/none.py"),
+    (["pretrain", "--config", "experiments/gpt2.py", "--workdir", ""], "--workdir is empty"),
     (["data", "--config.seed=1"], "--config"),
     ([], "give a verb"),
     (["data", "hide", "--config", "x.py", "--step", "1"], "show"),

@@ -138,6 +138,8 @@ def _pretrain_config(options: argparse.Namespace):
 
 
 def _pretrain(options: argparse.Namespace) -> None:
+  if not options.workdir:
+    raise ConfigError("--workdir is empty; give a folder for the run")
   config = _pretrain_config(options)
   from gptjax.train.pretrain import pretrain
 

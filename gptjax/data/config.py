@@ -75,6 +75,8 @@ class DataConfig(CorpusConfig):
   def __post_init__(self):
     super().__post_init__()
     check_choice("data.rows", self.rows, ("stream", "packed"))
+    if not self.cache_dir:
+      raise ConfigError("data.cache_dir is empty; name a folder for the token files")
     if self.build_processes is not None and self.build_processes < 0:
       raise ConfigError(f"data.build_processes is {self.build_processes}; it must be at least 0")
     if self.mixture and not self.is_empty:
