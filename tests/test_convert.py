@@ -416,6 +416,8 @@ def test_what_a_model_argument_is(tmp_path, monkeypatch):
   run.mkdir()
   (run / "config.json").write_text(json.dumps({"model": {"num_layers": 2}}))
   assert resolve_model(run).kind == "run"
+  (run / "config.json").write_text("[" * 100_000)
+  assert resolve_model(run).kind == "foreign"
   with pytest.raises(CheckpointError, match="there is no such folder or file"):
     resolve_model(str(tmp_path / "y"))
   monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))

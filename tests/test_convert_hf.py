@@ -15,6 +15,7 @@ from gptjax.checkpoint.export import save_hf
 from gptjax.data.tokenizer import train_bpe
 from gptjax.model.decoder import hidden_states
 from gptjax.model.heads import lm_logits
+from gptjax.model.vocabulary import grow_vocabulary
 from gptjax.tree import named_leaves
 
 pytestmark = pytest.mark.hf
@@ -175,6 +176,19 @@ def test_our_models_in_shards(torch, tmp_path, family):
   assert len(list((tmp_path / "x").glob("model-*.safetensors"))) > 2
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "x").eval()
   assert relative_error(our_logits(params, config), their_logits(torch, model)) < TOLERANCE
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj"])
+def test_a_model_that_grew(torch, tmp_path, family):
+  import transformers
+
+  config = make_config(family, vocab_multiple=128)
+  params, config = grow_vocabulary(make_params(config), config, 150, jax.random.key(0))
+  save_hf(tmp_path / "ours", config, params)
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+  expected = their_logits(torch, model)
+  assert expected.shape[-1] == 150
+  assert relative_error(our_logits(params, config), expected) < TOLERANCE
 
 
 def test_biases_we_do_not_have(torch, tmp_path):
