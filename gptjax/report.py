@@ -117,11 +117,7 @@ def environment(devices: Sequence[Any] = ()) -> dict[str, str]:
     "python": platform.python_version(),
     "platform": platform.platform(),
     "processor": f"{_cpu_name()}, {os.cpu_count()} cores",
-    **(
-      {"devices": ", ".join(f"{kinds.count(k)} x {k}" for k in dict.fromkeys(kinds))}
-      if kinds
-      else {}
-    ),
+    **({"devices": _tally(kinds)} if kinds else {}),
     "commit": _git_commit(),
     "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
   }
