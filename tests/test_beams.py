@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gptjax.generate.beams import LENGTH, OUT, RUNNING, BeamPlan, Game, search
+from gptjax.generate.beams import LENGTH, OUT, RUNNING, BeamPlan, Game, make_ranking, search
 
 VOCAB_SIZE = 4
 END = 3
+NUM_SLOTS = 20
 SAME = 1e-5  # float32 sums of a few log-probabilities
 
 
@@ -39,11 +40,10 @@ def end_at(end_ids):
   return end
 
 
-@functools.partial(jax.jit, static_argnames=("plan", "num_slots", "process", "end_ids"))
-def run(table, tokens_BL, length_B, max_new_B, penalty, keys_B, plan, num_slots, process, end_ids):
+@functools.partial(jax.jit, static_argnames=("plan", "process", "end_ids"))
+def run(table, tokens_BS, length_B, max_new_B, ranking, keys_B, plan, process, end_ids):
   """Searches with a model whose memory is the texts themselves."""
-  tokens_BS = jnp.pad(tokens_BL, ((0, 0), (0, num_slots - tokens_BL.shape[1])))
-  num_prompts, num_beams = len(tokens_BS), plan.num_beams
+  (num_prompts, num_slots), num_beams = tokens_BS.shape, plan.num_beams
 
   def extend(token_BW, parent_BW, num_new, tokens_BWS):
     tokens_BWS = jnp.take_along_axis(tokens_BWS, parent_BW[:, :, None], axis=1)
@@ -56,7 +56,7 @@ def run(table, tokens_BL, length_B, max_new_B, penalty, keys_B, plan, num_slots,
     return logits.reshape(num_prompts, num_beams, -1), tokens_BWS
 
   memory = jnp.repeat(tokens_BS[:, None], num_beams, axis=1)
-  game = Game(process, end_at(end_ids), penalty, max_new_B, keys_B)
+  game = Game(process, end_at(end_ids), ranking, max_new_B, keys_B)
   first = next_logits(table, tokens_BS, length_B)
   return search(tokens_BS, length_B, None, first, extend, memory, game, plan)
 
@@ -69,28 +69,27 @@ def find(
   max_new=5,
   penalty=1.0,
   end_ids=(END,),
+  early_stopping=False,
+  do_sample=False,
   process=forbid_nothing,
   seed=0,
-  num_slots=None,
-  **modes,
+  num_slots=NUM_SLOTS,
 ):
   """Returns Texts as numpy arrays."""
-  longest = max(map(len, prompts))
-  tokens = np.zeros((len(prompts), longest), np.int32)
+  tokens = np.zeros((len(prompts), num_slots), np.int32)
   for row, prompt in zip(tokens, prompts):
     row[: len(prompt)] = prompt
   max_new_B = np.broadcast_to(np.int32(max_new), len(prompts))
-  plan = BeamPlan(num_beams, len(end_ids), **modes)
+  plan = BeamPlan(num_beams, len(end_ids), do_sample)
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
   texts = run(
     table,
     tokens,
     np.array([len(prompt) for prompt in prompts], np.int32),
     max_new_B,
-    np.float32(penalty),
+    make_ranking(penalty, early_stopping),
     keys_B,
     plan,
-    num_slots or longest + int(max_new_B.max()),
     process,
     tuple(end_ids),
   )
@@ -154,10 +153,10 @@ PROMPTS = [[1, 2], [0, 2], [2, 2, 1, 0, 1], [1]]
 def test_a_prompt_does_not_know_its_companions(modes):
   """Neither their number, nor lengths and limits, nor how much room there is."""
   table, limits = make_model(5), [5, 9, 3, 1]
-  together = find(table, PROMPTS, num_beams=3, max_new=limits, num_slots=23, **modes)
+  together = find(table, PROMPTS, num_beams=3, max_new=limits, **modes)
   # Draws go by a prompt's place.
   for row in range(1 if "do_sample" in modes else 2):
-    alone = find(table, [PROMPTS[row]], num_beams=3, max_new=limits[row], **modes)
+    alone = find(table, [PROMPTS[row]], num_beams=3, max_new=limits[row], num_slots=12, **modes)
     assert as_lists(alone) == as_lists(together, row)
     for name in ("finish_BW", "length_BW"):
       np.testing.assert_array_equal(getattr(alone, name)[0], getattr(together, name)[row])

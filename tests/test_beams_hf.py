@@ -10,7 +10,7 @@ import pytest
 from families import FAMILIES, make_params
 
 from gptjax.batch import Batch
-from gptjax.generate.beams import BeamPlan, Game, search
+from gptjax.generate.beams import BeamPlan, Game, make_ranking, search
 from gptjax.generate.options import parse_options
 from gptjax.generate.rules import apply_rules, make_rules
 from gptjax.model.decoder import hidden_states
@@ -25,7 +25,7 @@ PROMPTS = [[5, 3, 1, 4, 1, 5, 9, 2, 6], [2], [7, 1, 7, 1]]
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "end_ids", "config"))
-def run(params, tokens_BS, length_B, max_new_B, penalty, keys_B, rules, plan, end_ids, config):
+def run(params, tokens_BS, length_B, max_new_B, ranking, keys_B, rules, plan, end_ids, config):
   num_prompts, num_beams = len(tokens_BS), plan.num_beams
 
   def logits_at(tokens_RS, length_R):
@@ -50,7 +50,7 @@ def run(params, tokens_BS, length_B, max_new_B, penalty, keys_B, rules, plan, en
     return stop_state, jnp.isin(token_R, jnp.array(end_ids, jnp.int32)).astype(jnp.int32)
 
   memory = jnp.repeat(tokens_BS[:, None], num_beams, axis=1)
-  game = Game(process, end, penalty, max_new_B, keys_B)
+  game = Game(process, end, ranking, max_new_B, keys_B)
   return search(
     tokens_BS, length_B, None, logits_at(tokens_BS, length_B), extend, memory, game, plan
   )
@@ -71,14 +71,14 @@ def generate(params, config, prompts, max_new, end_ids, options, seed=0):
     limit_R=limits,
     num_beams=parsed.num_beams,
   )
-  plan = BeamPlan(parsed.num_beams, len(end_ids), parsed.early_stopping, parsed.do_sample)
+  plan = BeamPlan(parsed.num_beams, len(end_ids), parsed.do_sample)
   keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), jnp.arange(len(prompts)))
   texts = run(
     params,
     tokens,
     lengths,
     np.full(len(prompts), max_new, np.int32),
-    np.float32(parsed.length_penalty),
+    make_ranking(parsed.length_penalty, parsed.early_stopping),
     keys_B,
     rules,
     plan,

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from gptjax.model import positions
@@ -29,24 +30,47 @@ LENGTH = -1
 
 @dataclasses.dataclass(frozen=True)
 class BeamPlan:
-  """What the compiled search is made for.
+  """What a compiled search is made for.
 
   Attributes:
     num_beams: W >= 1.
-    num_end_tokens: how many ids end a text; more candidates are looked at the more there are.
-    early_stopping: False, True or "never", as in transformers.
+    num_end_tokens: how many ids end a text; the more there are, the more candidates are looked at.
     do_sample: draw the candidates, without replacement, instead of taking the best.
   """
 
   num_beams: int
   num_end_tokens: int = 0
-  early_stopping: bool | str = False
   do_sample: bool = False
 
   @property
   def num_candidates(self) -> int:
-    """C: so many that W go on even if every end token is among the best of every beam."""
+    """C: so many that W go on even if every beam's likeliest tokens all are end tokens."""
     return max(2, 1 + self.num_end_tokens) * self.num_beams
+
+
+@struct.dataclass
+class Ranking:
+  """How finished texts compare, and when the search for better ones ends.
+
+  Attributes:
+    length_penalty: float32 exponent: a score is the sum divided by num_new ** length_penalty.
+    stops_when_full: bool, W finished texts are enough.
+    hopes_for_longest: bool, running texts are judged as if they kept their score up to the limit;
+      else as if they ended now.
+  """
+
+  length_penalty: jax.Array
+  stops_when_full: jax.Array
+  hopes_for_longest: jax.Array
+
+
+def make_ranking(length_penalty: float, early_stopping: bool | str) -> Ranking:
+  """Translates transformers' options; early_stopping is False, True or "never"."""
+  return Ranking(
+    length_penalty=np.float32(length_penalty),
+    stops_when_full=np.bool_(early_stopping is True),
+    hopes_for_longest=np.bool_(early_stopping == "never" and length_penalty > 0),
+  )
 
 
 @struct.dataclass
@@ -97,14 +121,14 @@ class Game:
     process: (log_probs_RV, tokens_RS, length_R) -> (scores_RX, ids_RX, or None where X is V):
       rules, and for beam-sample the warping; the scores that remain are not normalised again.
     end: (stop_state, token_R) -> (stop_state, finish_R): whether the text ends with this token.
-    length_penalty: float32 exponent; scores are sums divided by num_new ** length_penalty.
+    ranking: traced.
     max_new_B: int32, after how many tokens each prompt's texts end at the latest.
     keys_B: one stream a prompt; used by beam-sample only.
   """
 
   process: Callable
   end: Callable
-  length_penalty: jax.Array
+  ranking: Ranking
   max_new_B: jax.Array
   keys_B: jax.Array
 
@@ -193,9 +217,8 @@ def _choose(state: Search, logits_BWV: jax.Array, game: Game, plan: BeamPlan) ->
     finished,
   )
   is_done_B = state.is_done_B | has_ended_BC.all(axis=1)
-  is_done_B |= ~_can_improve(running, finished, num_new, game, plan)
-  if plan.early_stopping is True:
-    is_done_B |= (finished.finish_BW != RUNNING).all(axis=1)
+  is_done_B |= ~_can_improve(running, finished, num_new, game)
+  is_done_B |= game.ranking.stops_when_full & (finished.finish_BW != RUNNING).all(axis=1)
   return Search(running, finished, parent_BW, is_done_B, num_new)
 
 
@@ -259,7 +282,7 @@ def _finish(finished: Texts, candidates: Texts, num_new, game: Game, plan: BeamP
   """
   is_first_C = jnp.arange(plan.num_candidates) < plan.num_beams
   enters_BC = (candidates.finish_BW != RUNNING) & is_first_C[None]
-  scores_BC = candidates.score_BW / jnp.float32(num_new) ** game.length_penalty
+  scores_BC = candidates.score_BW / jnp.float32(num_new) ** game.ranking.length_penalty
   offered = candidates.replace(
     score_BW=scores_BC + ~enters_BC * jnp.float32(OUT),
     finish_BW=jnp.where(enters_BC, candidates.finish_BW, RUNNING),
@@ -269,16 +292,13 @@ def _finish(finished: Texts, candidates: Texts, num_new, game: Game, plan: BeamP
   return _take(merged, best_BW)
 
 
-def _can_improve(running: Texts, finished: Texts, num_new, game: Game, plan: BeamPlan) -> jax.Array:
+def _can_improve(running: Texts, finished: Texts, num_new, game: Game) -> jax.Array:
   """Returns whether the best running text could beat the worst finished one: bool [B].
 
-  How long it may get is a guess: no longer than now, but with "never" and a penalty that favours
-  length as long as allowed. A place that is empty yet is always beaten.
+  A place that is empty yet is beaten by every text in the game.
   """
-  length_B = jnp.full_like(game.max_new_B, num_new)
-  if plan.early_stopping == "never":
-    length_B = jnp.where(game.length_penalty > 0, game.max_new_B, length_B)
-  hoped_B = running.score_BW[:, 0] / length_B.astype(jnp.float32) ** game.length_penalty
+  length_B = jnp.where(game.ranking.hopes_for_longest, game.max_new_B, num_new).astype(jnp.float32)
+  hoped_B = running.score_BW[:, 0] / length_B**game.ranking.length_penalty
   worst_B1 = finished.score_BW.min(axis=1, keepdims=True)
   return (hoped_B[:, None] > jnp.where(finished.finish_BW != RUNNING, worst_B1, OUT)).any(axis=1)
 
