@@ -17,12 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from gptjax.model import positions
-from gptjax.model.attention import MASKED
-from gptjax.model.block import Layer, attention_scale, block
-from gptjax.model.config import ModelConfig
-from gptjax.model.decoder import embed, final_norm
-
 OUT = -1e9  # transformers' score of what is out of the game; sums with it are compared, so finite
 RUNNING = 0  # Texts.finish_BW of a text that may go on
 LENGTH = -1
@@ -307,66 +301,3 @@ def _take(tree: Any, index_BX: jax.Array) -> Any:
   """Gathers [B, X, ...] of arrays [B, W, ...]."""
   rows_B1 = jnp.arange(len(index_BX))[:, None]
   return jax.tree.map(lambda array: array[rows_B1, index_BX], tree)
-
-
-@struct.dataclass
-class Tree:
-  """What the model remembers of each prompt and its beams: branches of one tree, in one cache row.
-
-  The slots of the prompt come first, then W for each step, one a beam. Beams are never moved: each
-  sees the slots on its own path, and what was given up is on no path.
-
-  Attributes:
-    keys, values: tuples over layers of [B, H, M, K].
-    place_BM: int32, where in a text the token of a slot stands.
-    seen_BWM: bool, the path to each beam's last token.
-  """
-
-  keys: tuple[jax.Array, ...]
-  values: tuple[jax.Array, ...]
-  place_BM: jax.Array
-  seen_BWM: jax.Array
-
-
-def _grow(
-  weights: Any, tree: Tree, token_BW: jax.Array, place_B: jax.Array, slot, config: ModelConfig
-) -> tuple[jax.Array, Tree]:
-  """Runs one token of each beam, whose path is already seen; writes W slots from `slot` on.
-
-  Returns:
-    (hidden states [B, W, D] after the final norm, the tree).
-  """
-  num_prompts, num_beams = token_BW.shape
-  place_BW = jnp.repeat(place_B[:, None], num_beams, axis=1)
-  shape = (num_prompts, num_beams, config.num_heads, config.head_width)
-  angles = positions.rotary_angles(place_BW, config) if config.positions == "rotary" else None
-
-  def mixer(index):
-    def mix(query_TA, key_TA, value_TA, layer):
-      query, key, value = (x.reshape(shape) for x in (query_TA, key_TA, value_TA))
-      if angles is not None:
-        query, key = (positions.rotate(x, angles, config) for x in (query, key))
-      keys, values = (
-        jax.lax.dynamic_update_slice_in_dim(old, jnp.swapaxes(new, 1, 2), slot, axis=2)
-        for old, new in ((tree.keys[index], key), (tree.values[index], value))
-      )
-      mask_BWM = tree.seen_BWM
-      if layer.kind == "local":
-        mask_BWM &= tree.place_BM[:, None] > (place_B - config.window_size)[:, None, None]
-      query_BHWK = jnp.swapaxes(query * attention_scale(config, layer), 1, 2)
-      scores = jnp.einsum("bhwk,bhmk->bhwm", query_BHWK, keys, preferred_element_type=jnp.float32)
-      weights_BHWM = jax.nn.softmax(jnp.where(mask_BWM[:, None], scores, MASKED), axis=-1)
-      mixed = jnp.einsum("bhwm,bhmk->bwhk", weights_BHWM.astype(values.dtype), values)
-      return mixed.reshape(-1, config.attention_dim), (keys, values)
-
-    return mix
-
-  x_TD = embed(weights["decoder"], token_BW, place_BW, config)
-  kept = []
-  for index, layer_params in enumerate(weights["layers"]):
-    kind = config.attention_pattern[index % len(config.attention_pattern)]
-    x_TD, pair = block(layer_params, x_TD, config, mixer(index), Layer(kind, index))
-    kept.append(pair)
-  keys, values = zip(*kept)
-  hidden_BWD = final_norm(weights["decoder"], x_TD, config).reshape(*token_BW.shape, -1)
-  return hidden_BWD, tree.replace(keys=keys, values=values)
