@@ -19,7 +19,7 @@ from flax import struct
 
 OUT = -1e9  # transformers' score of what is out of the game; sums with it are compared, so finite
 RUNNING = 0  # Texts.finish_BW of a text that may go on
-LENGTH = -1
+LENGTH = -1  # Texts.finish_BW of a text that the limit ended; end() gives codes above 0
 
 
 @dataclasses.dataclass(frozen=True)
