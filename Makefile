@@ -9,6 +9,8 @@ ARGS ?=
 ifneq ($(filter $(ACCELERATOR),auto cpu cuda tpu),$(ACCELERATOR))
 $(error ACCELERATOR is "$(ACCELERATOR)"; it must be auto, cpu, cuda or tpu)
 endif
+# XLA on CPU takes its buffers afresh for every step; huge pages save a fault for each 4 KiB of them.
+export GLIBC_TUNABLES := glibc.malloc.hugetlb=1
 # The .venv may have a GPU's jax from before.
 ifeq ($(ACCELERATOR),cpu)
 export JAX_PLATFORMS := cpu

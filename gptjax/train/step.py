@@ -290,7 +290,7 @@ def _sum_micro_batches(compute: Callable, micro: PyTree) -> PyTree:
 
 def _sum_devices(tree: PyTree, axis_name: str | None) -> PyTree:
   """Sums over the devices of pmap in one all-reduce; on a mesh the sums are global already."""
-  if axis_name is None:
+  if axis_name is None or jax.lax.axis_size(axis_name) == 1:
     return tree
   flat, unravel = ravel_pytree(tree)
   return unravel(jax.lax.psum(flat, axis_name))
