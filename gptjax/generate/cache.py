@@ -1,7 +1,7 @@
-"""The key-value cache: static shapes, rows right-aligned at the end of the prompt.
+"""The key-value cache: static shapes, token i of a row at slot i.
 
-Prompts of different lengths are padded on the left, so that every row writes the same slot at
-every step; `first_slot_B` says where a row begins, and nothing before it is ever seen.
+Rows stand at the left, whatever their lengths: a query sees the slots up to its own and nothing
+else, so that neither padding, nor companions, nor the number of slots can change what it sees.
 """
 
 from typing import Any
@@ -10,136 +10,139 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from gptjax.batch import Batch
 from gptjax.model import positions
-from gptjax.model.attention import causal_attention, masked_attention
-from gptjax.model.block import Layer, Mixer, attention_scale, block
+from gptjax.model.attention import MASKED, causal_attention
+from gptjax.model.block import Layer, attention_scale, block
 from gptjax.model.config import ModelConfig
 from gptjax.model.decoder import embed, final_norm
+
+PyTree = Any
 
 
 @struct.dataclass
 class Cache:
-  """Keys and values of every layer, one pair of arrays [B, M, H, K] each.
+  """Keys and values of every layer, heads first: decoding reads them as they lie.
 
   Attributes:
-    keys, values: tuples over layers, in the compute dtype, keys already rotated.
-    next_slot: int32, the slot that the next token writes.
-    first_slot_B: int32, the slot of each row's first token.
+    keys, values: tuples over layers of [R, H, M, K], in the compute dtype, keys already rotated.
   """
 
   keys: tuple[jax.Array, ...]
   values: tuple[jax.Array, ...]
-  next_slot: jax.Array
-  first_slot_B: jax.Array
 
 
 def prefill(
-  decoder_params: Any,
-  layers: list[Any],
-  tokens_BL: jax.Array,
-  first_slot_B: jax.Array,
-  num_slots: int,
-  config: ModelConfig,
+  weights: PyTree, tokens_RL: jax.Array, num_slots: int, config: ModelConfig
 ) -> tuple[jax.Array, Cache]:
   """Runs whole prompts at once.
 
   Args:
-    decoder_params: the "decoder" subtree, for embeddings and the final norm.
-    layers: one parameter tree a layer.
-    tokens_BL: int32 prompts, padded on the left with any token.
-    first_slot_B: int32 place of each row's first token in tokens_BL.
+    weights: from `prepare`.
+    tokens_RL: int32 prompts, padded on the right with any token.
     num_slots: M >= L, room for the tokens to come.
     config: the architecture.
 
   Returns:
-    (hidden states [B, D] of the last position, the filled cache).
+    (hidden states [R, L, D] after the final norm, the cache). What padding left in the cache is
+    written over before it is seen.
   """
-  num_rows, length = tokens_BL.shape
-  slots_L = jnp.arange(length)
-  is_token_BL = slots_L[None, :] >= first_slot_B[:, None]
-  positions_BL = jnp.maximum(slots_L[None, :] - first_slot_B[:, None], 0)
-  batch = Batch(tokens_BL, tokens_BL, is_token_BL, positions_BL, is_token_BL.astype(jnp.int32))
+  num_rows, length = tokens_RL.shape
+  positions_RL = jnp.broadcast_to(jnp.arange(length)[None], tokens_RL.shape)
   shape = (num_rows, length, config.num_heads, config.head_width)
+  angles = _angles(positions_RL, config)
+  room = ((0, 0), (0, 0), (0, num_slots - length), (0, 0))
 
   def mix(query_TA, key_TA, value_TA, layer: Layer):
     query, key, value = (x.reshape(shape) for x in (query_TA, key_TA, value_TA))
-    query, key = _rotate((query, key), positions_BL, config)
-    window = config.window_size if layer.kind == "local" else None
+    query, key = _rotate((query, key), angles, config)
     mixed = causal_attention(
-      query,
-      key,
-      value,
-      scale=attention_scale(config, layer),
-      window=window,
-      segment_ids_BL=batch.segment_ids_BL,
+      query, key, value, scale=attention_scale(config, layer), window=_window(layer, config)
     )
-    room = ((0, 0), (0, num_slots - length), (0, 0), (0, 0))
-    return mixed.reshape(-1, config.attention_dim), (jnp.pad(key, room), jnp.pad(value, room))
+    kept = tuple(jnp.pad(jnp.swapaxes(x, 1, 2), room) for x in (key, value))
+    return mixed.reshape(-1, config.attention_dim), kept
 
-  x_TD = embed(decoder_params, tokens_BL, positions_BL, config)
-  x_TD, kept = _run(layers, x_TD, config, lambda i: mix)
-  keys, values = zip(*kept)
-  hidden_BD = x_TD.reshape(num_rows, length, -1)[:, -1]
-  cache = Cache(keys, values, jnp.int32(length), first_slot_B)
-  return final_norm(decoder_params, hidden_BD, config), cache
+  return _run(weights, tokens_RL, positions_RL, lambda index: mix, config)
 
 
-def decode_step(
-  decoder_params: Any, layers: list[Any], token_B: jax.Array, cache: Cache, config: ModelConfig
+def extend(
+  weights: PyTree, tokens_RQ: jax.Array, position_R: jax.Array, cache: Cache, config: ModelConfig
 ) -> tuple[jax.Array, Cache]:
-  """Appends one token to every row.
+  """Runs Q more tokens of every row.
 
   Args:
-    decoder_params, layers, config: as for `prefill`.
-    token_B: int32, the new token of each row.
-    cache: with a free slot.
+    weights: from `prepare`.
+    tokens_RQ: int32.
+    position_R: int32, where in its row the first of them stands; what the cache holds from there
+      on is written over, and what stands after slot M is lost.
+    cache: with the row's earlier tokens.
+    config: the architecture.
 
   Returns:
-    (hidden states [B, D] of the new position, the longer cache).
+    (hidden states [R, Q, D] after the final norm, the cache).
   """
-  num_slots = cache.keys[0].shape[1]
-  slots_M = jnp.arange(num_slots)
-  positions_B1 = (cache.next_slot - cache.first_slot_B)[:, None]
-  shape = (token_B.shape[0], 1, config.num_heads, config.head_width)
-  is_seen_BM = (slots_M[None] <= cache.next_slot) & (slots_M[None] >= cache.first_slot_B[:, None])
+  num_rows, num_new = tokens_RQ.shape
+  positions_RQ = position_R[:, None] + jnp.arange(num_new)[None]
+  shape = (num_rows, num_new, config.num_heads, config.head_width)
+  angles = _angles(positions_RQ, config)
+  slots_M = jnp.arange(cache.keys[0].shape[2])
+  distance_RQM = positions_RQ[:, :, None] - slots_M[None, None]
+  place = (
+    jnp.arange(num_rows)[:, None, None],
+    jnp.arange(config.num_heads)[None, :, None],
+    positions_RQ[:, None],
+  )
 
-  def mixer(index: int) -> Mixer:
-    def mix(query_BA, key_BA, value_BA, layer: Layer):
-      query, key, value = (x.reshape(shape) for x in (query_BA, key_BA, value_BA))
-      query, key = _rotate((query, key), positions_B1, config)
-      keys = jax.lax.dynamic_update_slice_in_dim(cache.keys[index], key, cache.next_slot, axis=1)
-      values = jax.lax.dynamic_update_slice_in_dim(
-        cache.values[index], value, cache.next_slot, axis=1
-      )
-      mask_BM = is_seen_BM
+  def mixer(index: int):
+    def mix(query_TA, key_TA, value_TA, layer: Layer):
+      query, key, value = (x.reshape(shape) for x in (query_TA, key_TA, value_TA))
+      query, key = _rotate((query, key), angles, config)
+      query_RHQK, key_RHQK, value_RHQK = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+      keys_RHMK = cache.keys[index].at[place].set(key_RHQK, mode="drop")
+      values_RHMK = cache.values[index].at[place].set(value_RHQK, mode="drop")
+      is_seen_RQM = distance_RQM >= 0
       if layer.kind == "local":
-        mask_BM &= slots_M[None] > cache.next_slot - config.window_size
-      scale = attention_scale(config, layer)
-      mixed = masked_attention(query, keys, values, mask_BM[:, None, None, :], scale)
-      return mixed.reshape(-1, config.attention_dim), (keys, values)
+        is_seen_RQM &= distance_RQM < config.window_size
+      mixed_RHQK = _attend(
+        query_RHQK * attention_scale(config, layer), keys_RHMK, values_RHMK, is_seen_RQM
+      )
+      mixed_TA = jnp.swapaxes(mixed_RHQK, 1, 2).reshape(-1, config.attention_dim)
+      return mixed_TA, (keys_RHMK, values_RHMK)
 
     return mix
 
-  x_BD = embed(decoder_params, token_B[:, None], positions_B1, config)
-  x_BD, kept = _run(layers, x_BD, config, mixer)
-  keys, values = zip(*kept)
-  cache = Cache(keys, values, cache.next_slot + 1, cache.first_slot_B)
-  return final_norm(decoder_params, x_BD, config), cache
+  return _run(weights, tokens_RQ, positions_RQ, mixer, config)
 
 
-def _run(layers: list[Any], x_TD: jax.Array, config: ModelConfig, mixer):
-  """Runs the blocks one after the other, collecting what each mixer kept."""
+def _attend(query_RHQK, keys_RHMK, values_RHMK, is_seen_RQM) -> jax.Array:
+  scores_RHQM = jnp.einsum(
+    "rhqk,rhmk->rhqm", query_RHQK, keys_RHMK, preferred_element_type=jnp.float32
+  )
+  weights_RHQM = jax.nn.softmax(jnp.where(is_seen_RQM[:, None], scores_RHQM, MASKED), axis=-1)
+  return jnp.einsum("rhqm,rhmk->rhqk", weights_RHQM.astype(values_RHMK.dtype), values_RHMK)
+
+
+def _run(
+  weights: PyTree, tokens_RL, positions_RL, mixer, config: ModelConfig
+) -> tuple[jax.Array, Cache]:
+  """Runs embeddings, blocks and final norm; each layer's mixer keeps its keys and values."""
+  x_TD = embed(weights["decoder"], tokens_RL, positions_RL, config)
   kept = []
-  for index, layer_params in enumerate(layers):
+  for index, layer_params in enumerate(weights["layers"]):
     kind = config.attention_pattern[index % len(config.attention_pattern)]
     x_TD, pair = block(layer_params, x_TD, config, mixer(index), Layer(kind, index))
     kept.append(pair)
-  return x_TD, kept
+  keys, values = zip(*kept)
+  hidden_TD = final_norm(weights["decoder"], x_TD, config)
+  return hidden_TD.reshape(*tokens_RL.shape, config.model_dim), Cache(keys, values)
 
 
-def _rotate(arrays, positions_BL: jax.Array, config: ModelConfig):
-  if config.positions != "rotary":
-    return arrays
-  angles = positions.rotary_angles(positions_BL, config)
-  return tuple(positions.rotate(x, angles, config) for x in arrays)
+def _window(layer: Layer, config: ModelConfig) -> int | None:
+  return config.window_size if layer.kind == "local" else None
+
+
+def _angles(positions_RL: jax.Array, config: ModelConfig) -> jax.Array | None:
+  return positions.rotary_angles(positions_RL, config) if config.positions == "rotary" else None
+
+
+def _rotate(arrays, angles, config: ModelConfig):
+  return arrays if angles is None else tuple(positions.rotate(x, angles, config) for x in arrays)

@@ -1,0 +1,532 @@
+"""Generator: prompts and options in, texts out. Prepares weights once and picks the programs."""
+
+import dataclasses
+import functools
+import secrets
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import ConfigError, DataError
+from gptjax.generate import programs, sampling
+from gptjax.generate.beams import LENGTH as BEAMS_LENGTH
+from gptjax.generate.beams import BeamPlan, make_ranking
+from gptjax.generate.candidates import Sampling, make_sampling
+from gptjax.generate.checks import Lengths, check_options, resolve_lengths
+from gptjax.generate.kernels import prepare
+from gptjax.generate.options import (
+  DecodingOptions,
+  encode_bad_words,
+  is_sampled,
+  remove_padding,
+)
+from gptjax.generate.rules import make_rules, open_callbacks
+from gptjax.generate.sampling import Controls, Texts
+from gptjax.generate.stopping import cut_at_stop, initial_state, make_stops
+from gptjax.model.config import ModelConfig
+
+PyTree = Any
+
+_REASONS = {
+  sampling.END_TOKEN: "stop",
+  sampling.STOP_STRING: "stop",
+  sampling.LENGTH: "length",
+  BEAMS_LENGTH: "length",
+  sampling.RUNNING: "length",  # a beam that the rules left empty
+}
+# True float32 on every device.
+_EXACT = jax.default_matmul_precision("highest")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+  """What was generated; the rows of one prompt stand together.
+
+  Attributes:
+    prompts: token ids of each prompt.
+    texts: new text of each row, without end token and stop text; None without a tokenizer.
+    tokens: int32 [rows, length], prompts included, padded at the end.
+    logprobs: float32 [rows, new], in nats, under the model before any rule or warping; 0 after the
+      end of a row.
+    finish_reasons: "stop" (an end token or a stop text) or "length" of each row.
+    num_new: int32 [rows], new tokens of each row, the end token included.
+    scores: float32 [rows] of beams: summed scores / length ** length_penalty; else None.
+    top_tokens, top_logprobs: [rows, new, n], the likeliest at each place, if asked for.
+    seed: of the draws; None where nothing was drawn.
+  """
+
+  prompts: list[list[int]]
+  texts: list[str] | None
+  tokens: np.ndarray
+  logprobs: np.ndarray
+  finish_reasons: list[str]
+  num_new: np.ndarray
+  scores: np.ndarray | None = None
+  top_tokens: np.ndarray | None = None
+  top_logprobs: np.ndarray | None = None
+  seed: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+  """A part of a streamed text: what one more token completed.
+
+  Attributes:
+    text: whole characters, maybe none.
+    token, logprob: the token and what the model thought of it; None where text was held back.
+    finish_reason: of the last piece, else None.
+  """
+
+  text: str
+  token: int | None = None
+  logprob: float | None = None
+  finish_reason: str | None = None
+
+
+class Generator:
+  """A model that generates.
+
+  Args:
+    params: the whole tree; it may be let go afterwards.
+    config: the architecture.
+    tokenizer: None takes and gives ids only.
+    end_ids: tokens that end a text where options do not say.
+    pad_id: fills rows of ids after their end; None is the first end token, or 0.
+    weights: "float32" (as the parameters are) or "int8".
+  """
+
+  def __init__(
+    self,
+    params: PyTree,
+    config: ModelConfig,
+    tokenizer: Tokenizer | None = None,
+    *,
+    end_ids: Sequence[int] = (),
+    pad_id: int | None = None,
+    weights: str = "float32",
+  ):
+    self.config = config
+    self.tokenizer = tokenizer
+    self.weights = prepare(params, config, weights)
+    self._end_ids = tuple(end_ids)
+    self._pad_id = pad_id
+
+  def generate(self, prompts: Any, options: DecodingOptions) -> Generation:
+    """Continues prompts.
+
+    Args:
+      prompts: a text, texts, ids of one prompt, or ids of several (rows of any lengths).
+      options: how; defaults are greedy with 20 new tokens.
+
+    Raises:
+      UserError: options that do not fit, an empty prompt, one longer than the context, ids outside
+        the vocabulary, or text without a tokenizer.
+    """
+    ids, options, lengths = self._read(prompts, options)
+    copies = options.num_return_sequences
+    seed = _seed(options)
+    num_rows = len(ids) * max(copies, options.num_beams)
+    with open_callbacks([options] * num_rows) as callbacks, _EXACT:
+      run = self._search_beams if options.num_beams > 1 else self._sample
+      rows = run(ids, options, lengths, seed, callbacks)
+    return self._answer(ids, rows, options, seed)
+
+  def stream(self, prompt: Any, options: DecodingOptions) -> Iterator[Piece]:
+    """Continues one prompt, a token at a time; pieces joined are the text of `generate`.
+
+    Raises:
+      UserError: as `generate`, and for strategies that know no text before their end.
+    """
+    ids, options, lengths = self._read(prompt, options)
+    if (
+      len(ids) > 1
+      or options.num_return_sequences > 1
+      or strategy(options)[:6] in ("beams", "beam_s")
+    ):
+      raise ConfigError("streaming gives one text of one prompt, without beams; leave them out")
+    if options.beyond_context == "slide":
+      raise ConfigError('streaming ends with the context; leave beyond_context="slide" out')
+    return self._stream(ids, options, lengths)
+
+  def _stream(self, ids, options: DecodingOptions, lengths: Lengths) -> Iterator[Piece]:
+    with open_callbacks([options]) as callbacks, _EXACT:
+      prompts_PL, texts, controls = self._set_up(ids, options, lengths, _seed(options), callbacks)
+      texts, cache = programs.start(self.weights, prompts_PL, texts, controls, self.config)
+      writer = _Writer(self.tokenizer, options.stop)
+      while True:
+        length, finish = int(texts.length_R[0]), int(texts.finish_R[0])
+        token = int(texts.tokens_RS[0, length - 1])
+        logprob = float(texts.logprobs_RS[0, length - 1])
+        text = writer.step(
+          token, is_last=finish != sampling.RUNNING, is_end=finish == sampling.END_TOKEN
+        )
+        reason = None if finish == sampling.RUNNING else _REASONS[finish]
+        yield Piece(text, token, logprob, reason)
+        if reason:
+          return
+        texts, cache = programs.step(self.weights, texts, cache, controls, self.config)
+
+  def _read(self, prompts: Any, options: DecodingOptions):
+    """Returns (ids of each prompt, options with nothing left to look up, lengths)."""
+    ids = self._encode(prompts)
+    if options.attention_mask is not None:
+      ids = remove_padding(options, ids)
+    if options.eos_token_id is None:
+      options = dataclasses.replace(options, eos_token_id=self._end_ids)
+    options = encode_bad_words(options, self.tokenizer)
+    prompt_lengths = [len(row) for row in ids]
+    check_options(options, self.config, prompt_lengths, options.eos_token_id)
+    _check_ids(ids, self.config.vocab_size)
+    if options.top_logprobs > self.config.vocab_size:
+      raise ConfigError(
+        f"top_logprobs is {options.top_logprobs}, more than the vocabulary's"
+        f" {self.config.vocab_size}; lower it"
+      )
+    return ids, options, resolve_lengths(options, prompt_lengths, self.config.context_length)
+
+  def _encode(self, prompts: Any) -> list[list[int]]:
+    if isinstance(prompts, str):
+      prompts = [prompts]
+    if hasattr(prompts, "tolist"):
+      prompts = np.asarray(prompts).tolist()
+    if not isinstance(prompts, list | tuple):
+      raise DataError(f"prompts are a {type(prompts).__name__}; give text, texts or rows of ids")
+    if prompts and all(isinstance(prompt, int | np.integer) for prompt in prompts):
+      prompts = [prompts]
+    return [self._encode_one(prompt) for prompt in prompts]
+
+  def _encode_one(self, prompt: Any) -> list[int]:
+    if isinstance(prompt, str):
+      if self.tokenizer is None:
+        raise DataError("the model has no tokenizer; give token ids instead of text")
+      return self.tokenizer.encode(prompt)
+    try:
+      array = np.asarray(prompt)
+    except ValueError:
+      array = np.array("")
+    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+      raise DataError("a prompt is neither a text nor a row of whole numbers; correct it")
+    return array.tolist()
+
+  def _set_up(
+    self, ids, options, lengths: Lengths, seed: int, callbacks, num_drawn: int = 0
+  ) -> tuple[np.ndarray, Texts, Controls]:
+    """Makes what the programs of greedy search and sampling take."""
+    copies = options.num_return_sequences
+    num_rows = len(ids) * copies
+    prompts_PL = self._pad(ids)
+    limit_R = np.repeat(np.asarray(lengths.limits, np.int32), copies)
+    num_slots = programs.bucket(int(limit_R.max()), self.config.context_length)
+    tokens_RS = np.zeros((num_rows, max(num_slots, prompts_PL.shape[1])), np.int32)
+    tokens_RS[:, : prompts_PL.shape[1]] = np.repeat(prompts_PL, copies, axis=0)
+    stops = make_stops([options.stop] * num_rows, self.tokenizer)
+    texts = sampling.new_texts(
+      tokens_RS,
+      np.repeat(np.array([len(row) for row in ids], np.int32), copies),
+      limit_R,
+      _row_keys(seed, len(ids), copies),
+      None if stops is None else initial_state(stops, num_rows),
+      options.top_logprobs,
+    )
+    controls = Controls(
+      rules=make_rules(
+        [options] * num_rows,
+        model_end_id=None,
+        min_length_R=np.repeat(lengths.min_lengths, copies),
+        limit_R=limit_R,
+        prompt_R=np.repeat(np.arange(len(ids)), copies),
+        callback_R=callbacks,
+      ),
+      sampling=self._sampling(options, num_rows),
+      end_RE=_end_rows(options, num_rows),
+      stops=stops,
+    )
+    return prompts_PL, texts, controls
+
+  def _sample(self, ids, options, lengths: Lengths, seed: int, callbacks) -> "_Rows":
+    if max(lengths.limits) > self.config.context_length:
+      return self._slide(ids, options, lengths, seed, callbacks)
+    prompts_PL, texts, controls = self._set_up(ids, options, lengths, seed, callbacks)
+    texts = programs.sample(self.weights, prompts_PL, texts, controls, self.config)
+    return _Rows.of(jax.device_get(texts))
+
+  def _search_beams(self, ids, options, lengths: Lengths, seed: int, callbacks) -> "_Rows":
+    num_prompts, num_beams = len(ids), options.num_beams
+    num_rows = num_prompts * num_beams
+    prompts_BL = self._pad(ids)
+    prompt_length_B = np.array([len(row) for row in ids], np.int32)
+    max_new_B = np.asarray(lengths.limits, np.int32) - prompt_length_B
+    stops = make_stops([options.stop] * num_prompts, self.tokenizer)
+    controls = Controls(
+      rules=make_rules(
+        [options] * num_rows,
+        model_end_id=None,
+        min_length_R=np.repeat(lengths.min_lengths, num_beams),
+        limit_R=np.repeat(lengths.limits, num_beams),
+        prompt_R=np.repeat(np.arange(num_prompts), num_beams),
+        callback_R=None if callbacks is None else callbacks[:num_rows],
+        num_beams=num_beams,
+      ),
+      sampling=self._sampling(options, num_rows),
+      end_RE=_end_rows(options, num_prompts),
+      stops=stops,
+    )
+    beams = programs.search_beams(
+      self.weights,
+      prompts_BL,
+      prompt_length_B,
+      max_new_B,
+      None if stops is None else initial_state(stops, num_prompts),
+      make_ranking(options.length_penalty, options.early_stopping),
+      controls,
+      _prompt_keys(seed, num_prompts),
+      BeamPlan(num_beams, len(options.eos_token_id), is_sampled(options)),
+      programs.bucket(int(max_new_B.max())),
+      self.config,
+    )
+    beams = jax.device_get(beams)
+    wanted = options.num_return_sequences
+
+    def rows(array_BW):
+      return array_BW[:, :wanted].reshape(num_prompts * wanted, *array_BW.shape[2:])
+
+    found = _Rows(
+      tokens_RS=rows(beams.tokens_BWS),
+      prompt_length_R=np.repeat(prompt_length_B, wanted),
+      length_R=rows(beams.length_BW),
+      finish_R=rows(beams.finish_BW),
+      logprobs_RS=rows(beams.log_probs_BWS),
+      scores_R=rows(beams.score_BW),
+    )
+    if not options.top_logprobs:
+      return found
+    alternatives = programs.find_alternatives(
+      self.weights, found.tokens_RS, options.top_logprobs, self.config
+    )
+    return dataclasses.replace(found, alternatives=jax.device_get(alternatives))
+
+  def _slide(self, ids, options, lengths: Lengths, seed: int, callbacks) -> "_Rows":
+    """Generates beyond the context: whenever it is full, the last half of it is kept.
+
+    Each row goes by itself, since rows of unlike lengths slide at unlike places.
+    """
+    copies = options.num_return_sequences
+    rows = []
+    for index in range(len(ids) * copies):
+      callback = None if callbacks is None else callbacks[index : index + 1]
+      rows.append(self._slide_one(ids, index, options, lengths, seed, callback))
+    return _Rows.stack(rows)
+
+  def _slide_one(self, ids, index: int, options, lengths: Lengths, seed, callback) -> "_Rows":
+    context, prompt = self.config.context_length, index // options.num_return_sequences
+    if context < 2:
+      raise ConfigError("a model with a context of 1 token has no window to slide")
+    key_R = _row_keys(seed, len(ids), options.num_return_sequences)[index : index + 1]
+    limit, min_length = lengths.limits[prompt], lengths.min_lengths[prompt]
+    single = dataclasses.replace(options, num_return_sequences=1)
+    whole, total, stop_state = _Rows.start(ids[prompt]), len(ids[prompt]), None
+    while total < limit:
+      window = whole.tokens_RS[0, max(0, total - (context if total < context else context // 2)) :]
+      offset = total - len(window)
+      part = Lengths((max(0, min_length - offset),), (min(limit - offset, context),))
+      prompts_PL, texts, controls = self._set_up([window.tolist()], single, part, seed, callback)
+      stop_state = texts.stop_state_RZ if stop_state is None else stop_state
+      keys = key_R if offset == 0 else jax.vmap(jax.random.fold_in, (0, None))(key_R, total)
+      texts = texts.replace(keys_R=keys, stop_state_RZ=stop_state)
+      texts = programs.sample(self.weights, prompts_PL, texts, controls, self.config)
+      stop_state = texts.stop_state_RZ
+      whole = whole.join(_Rows.of(jax.device_get(texts)))
+      total = int(whole.length_R[0])
+      if whole.finish_R[0] != sampling.LENGTH:
+        break
+    return whole
+
+  def _sampling(self, options: DecodingOptions, num_rows: int) -> Sampling | None:
+    if not is_sampled(options):
+      return None
+    return make_sampling(
+      self.config.vocab_size,
+      [options.temperature] * num_rows,
+      [options.top_k] * num_rows,
+      [options.top_p] * num_rows,
+      [options.min_p] * num_rows,
+      [options.typical_p] * num_rows,
+    )
+
+  def _pad(self, ids: list[list[int]]) -> np.ndarray:
+    """Returns int32 [P, L], padded on the right to a bucket."""
+    length = programs.bucket(max(map(len, ids)), self.config.context_length)
+    padded = np.zeros((len(ids), length), np.int32)
+    for line, row in zip(padded, ids):
+      line[: len(row)] = row
+    return padded
+
+  def _answer(self, ids, rows: "_Rows", options: DecodingOptions, seed: int) -> Generation:
+    new_R = rows.length_R - rows.prompt_length_R
+    # Places of the new tokens, [R, new]; those after a row's end are marked.
+    steps_N = np.arange(max(int(new_R.max()), 1))
+    is_new_RN = steps_N[None] < new_R[:, None]
+    place_RN = np.minimum(
+      rows.prompt_length_R[:, None] + steps_N[None], rows.tokens_RS.shape[1] - 1
+    )
+    width = int(rows.length_R.max())
+    is_token_RL = np.arange(width)[None] < rows.length_R[:, None]
+    top_tokens = top_logprobs = None
+    if rows.alternatives is not None:
+      at = np.arange(len(new_R))[:, None], place_RN
+      top_tokens = np.where(is_new_RN[..., None], rows.alternatives.ids_RSX[at], 0)
+      top_logprobs = np.where(is_new_RN[..., None], rows.alternatives.logprobs_RSX[at], 0)
+    return Generation(
+      prompts=ids,
+      texts=None if self.tokenizer is None else self._texts(rows, options),
+      tokens=np.where(is_token_RL, rows.tokens_RS[:, :width], self._padding(options)),
+      logprobs=np.where(is_new_RN, np.take_along_axis(rows.logprobs_RS, place_RN, axis=1), 0),
+      finish_reasons=[_REASONS[int(code)] for code in rows.finish_R],
+      num_new=new_R,
+      scores=rows.scores_R,
+      top_tokens=top_tokens,
+      top_logprobs=top_logprobs,
+      seed=int(seed) if is_sampled(options) else None,
+    )
+
+  def _padding(self, options: DecodingOptions) -> int:
+    if options.pad_token_id is not None:
+      return options.pad_token_id
+    return next(iter((*([] if self._pad_id is None else [self._pad_id]), *options.eos_token_id)), 0)
+
+  def _texts(self, rows: "_Rows", options: DecodingOptions) -> list[str]:
+    texts = []
+    lines = zip(rows.tokens_RS, rows.prompt_length_R, rows.length_R, rows.finish_R)
+    for tokens_S, prompt_length, length, finish in lines:
+      last = length - (finish == sampling.END_TOKEN)
+      new = tokens_S[prompt_length:last].tolist()
+      texts.append(cut_at_stop(self.tokenizer.decode(new, skip_special_tokens=True), options.stop))
+    return texts
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """Texts on the host, of any strategy; letters as in sampling.py."""
+
+  tokens_RS: np.ndarray
+  prompt_length_R: np.ndarray
+  length_R: np.ndarray
+  finish_R: np.ndarray
+  logprobs_RS: np.ndarray
+  scores_R: np.ndarray | None = None
+  alternatives: sampling.Alternatives | None = None
+
+  @classmethod
+  def of(cls, texts: Texts) -> "_Rows":
+    shared = {field.name for field in dataclasses.fields(cls)} - {"scores_R"}
+    return cls(**{name: getattr(texts, name) for name in shared})
+
+  @classmethod
+  def start(cls, prompt: list[int]) -> "_Rows":
+    """One row that has its prompt only."""
+    length_R, tokens_RS = np.array([len(prompt)], np.int32), np.array([prompt], np.int32)
+    return cls(tokens_RS, length_R, length_R, length_R * 0, np.zeros(tokens_RS.shape, np.float32))
+
+  def join(self, part: "_Rows") -> "_Rows":
+    """Appends the new tokens of `part`, which began with a window of this row."""
+    new = slice(int(part.prompt_length_R[0]), int(part.length_R[0]))
+    tokens_RS = np.concatenate([self.tokens_RS, part.tokens_RS[:, new]], axis=1)
+    alternatives = part.alternatives
+    if alternatives is not None:
+      cut = jax.tree.map(lambda array_RSX: array_RSX[:, new], alternatives)
+      shape = (1, self.tokens_RS.shape[1], alternatives.ids_RSX.shape[2])
+      old = self.alternatives or sampling.Alternatives(np.zeros(shape, np.int32), np.zeros(shape))
+      alternatives = jax.tree.map(lambda *both: np.concatenate(both, axis=1), old, cut)
+    return dataclasses.replace(
+      self,
+      tokens_RS=tokens_RS,
+      length_R=np.array([tokens_RS.shape[1]], np.int32),
+      finish_R=part.finish_R,
+      logprobs_RS=np.concatenate([self.logprobs_RS, part.logprobs_RS[:, new]], axis=1),
+      alternatives=alternatives,
+    )
+
+  @staticmethod
+  def stack(rows: Sequence["_Rows"]) -> "_Rows":
+    """Joins single rows of unlike lengths, padded with zeros."""
+    width = max(row.tokens_RS.shape[1] for row in rows)
+
+    def join(*arrays):
+      if arrays[0].ndim == 1:
+        return np.concatenate(arrays)
+      widen = [[(0, 0), (0, width - a.shape[1]), *[(0, 0)] * (a.ndim - 2)] for a in arrays]
+      return np.concatenate([np.pad(a, pads) for a, pads in zip(arrays, widen)])
+
+    return _Rows(
+      **{
+        field.name: jax.tree.map(join, *(getattr(row, field.name) for row in rows))
+        for field in dataclasses.fields(_Rows)
+      }
+    )
+
+
+class _Writer:
+  """Turns streamed tokens into text, holding back what may be the beginning of a stop text."""
+
+  def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]):
+    self._stream = None if tokenizer is None else tokenizer.decode_stream(skip_special_tokens=True)
+    self._stops = stops
+    self._held = ""
+
+  def step(self, token: int, *, is_last: bool, is_end: bool) -> str:
+    """Returns the text that may be shown now; the end token is no text."""
+    if self._stream is None:
+      return ""
+    if not is_end:
+      self._held += self._stream.step(token)
+    if is_last:
+      return cut_at_stop(self._held + self._stream.finish(), self._stops)
+    keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+    shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+    return shown
+
+
+def _overlap(text: str, stop: str) -> int:
+  """Returns how many characters at the end of a text begin the stop text."""
+  sizes = range(min(len(text), len(stop)), 0, -1)
+  return next((size for size in sizes if text.endswith(stop[:size])), 0)
+
+
+def _check_ids(ids: list[list[int]], vocab_size: int) -> None:
+  for row in ids:
+    outside = [token for token in row if not 0 <= token < vocab_size]
+    if outside:
+      raise DataError(
+        f"a prompt has the token {outside[0]}, but the model's are 0 to {vocab_size - 1};"
+        " encode it with the tokenizer of the model"
+      )
+
+
+def _seed(options: DecodingOptions) -> np.uint32:
+  return np.uint32(secrets.randbits(32) if options.seed is None else options.seed)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _row_keys(seed: int, num_prompts: int, copies: int) -> jax.Array:
+  """A stream for each row, by its prompt's place and its own among the prompt's."""
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
+  keys_B = fold(jax.random.key(seed), np.arange(num_prompts))
+  return jax.vmap(lambda key: fold(key, np.arange(copies)))(keys_B).reshape(-1)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _prompt_keys(seed: int, num_prompts: int) -> jax.Array:
+  return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(num_prompts))
+
+
+def _end_rows(options: DecodingOptions, num_rows: int) -> np.ndarray | None:
+  """Returns int32 [R, E], padded with -1 to a power of two, or None."""
+  ends = options.eos_token_id
+  if not ends:
+    return None
+  padded = np.full(1 << (len(ends) - 1).bit_length(), -1, np.int32)
+  padded[: len(ends)] = ends
+  return np.tile(padded, (num_rows, 1))

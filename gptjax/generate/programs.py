@@ -1,0 +1,149 @@
+"""The compiled programs of generation, and the sizes they are compiled for.
+
+Prompts and caches come in few sizes, so that a second call like the first compiles nothing. What is
+compiled is told to `on_compile`, with the sizes that made it necessary.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax.generate import sampling
+from gptjax.generate.beams import BeamPlan, Game, Ranking, search
+from gptjax.generate.beams import Texts as BeamTexts
+from gptjax.generate.branches import make_extend, plant
+from gptjax.generate.cache import Cache, prefill
+from gptjax.generate.candidates import shortlist
+from gptjax.generate.rules import apply_rules
+from gptjax.generate.sampling import Controls, Texts
+from gptjax.model.config import ModelConfig
+from gptjax.model.heads import lm_logits
+
+PyTree = Any
+
+_SMALLEST_BUCKET = 16
+_listeners: list[Callable[[str], None]] = []
+
+
+def bucket(size: int, limit: int | None = None) -> int:
+  """Rounds a number of slots up to 16, 24, 32, 48, 64, 96, ..., at most to `limit`."""
+  power = max(_SMALLEST_BUCKET, 1 << (size - 1).bit_length())
+  rounded = power * 3 // 4 if power > _SMALLEST_BUCKET and size <= power * 3 // 4 else power
+  return rounded if limit is None else max(size, min(rounded, limit))
+
+
+def on_compile(listener: Callable[[str], None]) -> Callable[[], None]:
+  """Calls `listener` with a line for each program that is compiled; returns how to stop that."""
+  _listeners.append(listener)
+  return lambda: _listeners.remove(listener)
+
+
+def _report(program: str, **sizes: int) -> None:
+  """Runs while a program is traced, which is once for each size."""
+  said = ", ".join(f"{size} {name.replace('_', ' ')}" for name, size in sizes.items())
+  for listener in list(_listeners):
+    listener(f"compiling {program} for {said}")
+
+
+def _report_texts(program: str, texts: Texts) -> None:
+  rows, slots = texts.tokens_RS.shape
+  _report(program, rows=rows, slots=slots)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def start(
+  weights: PyTree, prompts_PL: jax.Array, texts: Texts, controls: Controls, config: ModelConfig
+) -> tuple[Texts, Cache]:
+  """`sampling.start`, compiled."""
+  _report_texts(f"the first token after prompts of {prompts_PL.shape[1]} slots", texts)
+  return sampling.start(weights, prompts_PL, texts, controls, config)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames=("texts", "cache"))
+def step(
+  weights: PyTree, texts: Texts, cache: Cache, controls: Controls, config: ModelConfig
+) -> tuple[Texts, Cache]:
+  """`sampling.step`, compiled; texts and cache are donated."""
+  _report_texts("one more token", texts)
+  return sampling.step(weights, texts, cache, controls, config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def sample(
+  weights: PyTree, prompts_PL: jax.Array, texts: Texts, controls: Controls, config: ModelConfig
+) -> Texts:
+  """Greedy search or sampling from the prompts to the end of all rows."""
+  _report_texts(f"texts after prompts of {prompts_PL.shape[1]} slots", texts)
+  texts, cache = sampling.start(weights, prompts_PL, texts, controls, config)
+  return sampling.run(weights, texts, cache, controls, config)
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "num_new_slots", "config"))
+def search_beams(
+  weights: PyTree,
+  prompts_BL: jax.Array,
+  prompt_length_B: jax.Array,
+  max_new_B: jax.Array,
+  stop_state_BZ: jax.Array | None,
+  ranking: Ranking,
+  controls: Controls,
+  keys_B: jax.Array,
+  plan: BeamPlan,
+  num_new_slots: int,
+  config: ModelConfig,
+) -> BeamTexts:
+  """Beam search or beam-sample; rules and sampling of `controls` are of rows, the rest of prompts.
+
+  Args:
+    num_new_slots: at least the largest of max_new_B.
+  """
+  (num_prompts, num_prompt_slots), num_beams = prompts_BL.shape, plan.num_beams
+  _report("a beam search", prompts=num_prompts, beams=num_beams, slots=num_prompt_slots)
+  prompt_length_R = jnp.repeat(prompt_length_B, num_beams)
+
+  def process(log_probs_RV, tokens_RS, length_R):
+    scores_RV = apply_rules(log_probs_RV, tokens_RS, length_R, prompt_length_R, controls.rules)
+    if controls.sampling is None:
+      return scores_RV, None
+    return shortlist(scores_RV, controls.sampling, max(2, 1 + plan.num_end_tokens))
+
+  def end(stop_state_RZ, token_R):
+    copies = len(token_R) // num_prompts
+    end_RE, stops = controls.end_RE, controls.stops
+    if end_RE is not None:
+      end_RE = jnp.repeat(end_RE, copies, axis=0)
+    if stops is not None:
+      stops = stops.replace(active_RZ=jnp.repeat(stops.active_RZ, copies, axis=0))
+    return sampling.find_end(stop_state_RZ, token_R, end_RE, stops)
+
+  def logits(hidden_XD):
+    return lm_logits(weights, hidden_XD, config)
+
+  num_slots = num_prompt_slots + (num_new_slots - 1) * num_beams
+  hidden_BLD, cache = prefill(weights, prompts_BL, num_slots, config)
+  last_BD = hidden_BLD[jnp.arange(num_prompts), prompt_length_B - 1]
+  tree = plant(cache.keys, cache.values, prompt_length_B, num_prompt_slots, num_beams)
+  extend = make_extend(weights, logits, prompt_length_B, num_prompt_slots, config)
+  tokens_BS = jnp.pad(prompts_BL, ((0, 0), (0, num_new_slots)))
+  game = Game(process, end, ranking, max_new_B, keys_B)
+  first_BV = logits(last_BD)
+  return search(tokens_BS, prompt_length_B, stop_state_BZ, first_BV, extend, tree, game, plan)
+
+
+@functools.partial(jax.jit, static_argnames=("num_alternatives", "config"))
+def find_alternatives(
+  weights: PyTree, tokens_RS: jax.Array, num_alternatives: int, config: ModelConfig
+) -> sampling.Alternatives:
+  """Scores whole texts: the likeliest tokens at every place, the first excepted (zeros)."""
+  _report("the alternatives", rows=tokens_RS.shape[0], slots=tokens_RS.shape[1])
+
+  def score(tokens_S):
+    hidden_1SD, _ = prefill(weights, tokens_S[None], len(tokens_S), config)
+    log_probs_SV = jax.nn.log_softmax(lm_logits(weights, hidden_1SD[0], config), axis=-1)
+    logprobs_SX, ids_SX = jax.lax.top_k(log_probs_SV, num_alternatives)
+    return jnp.roll(ids_SX, 1, axis=0), jnp.roll(logprobs_SX, 1, axis=0)
+
+  return sampling.Alternatives(*jax.lax.map(score, tokens_RS))
