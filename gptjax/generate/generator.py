@@ -38,7 +38,7 @@ _REASONS = {
   sampling.RUNNING: "length",  # a beam that the rules left empty
 }
 # True float32 on every device.
-_EXACT = jax.default_matmul_precision("highest")
+_exact = functools.partial(jax.default_matmul_precision, "highest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Generator:
     copies = options.num_return_sequences
     seed = _seed(options)
     num_rows = len(ids) * max(copies, options.num_beams)
-    with open_callbacks([options] * num_rows) as callbacks, _EXACT:
+    with open_callbacks([options] * num_rows) as callbacks, _exact():
       run = self._search_beams if options.num_beams > 1 else self._sample
       rows = run(ids, options, lengths, seed, callbacks)
     return self._answer(ids, rows, options, seed)
@@ -141,18 +141,14 @@ class Generator:
       UserError: as `generate`, and for strategies that know no text before their end.
     """
     ids, options, lengths = self._read(prompt, options)
-    if (
-      len(ids) > 1
-      or options.num_return_sequences > 1
-      or strategy(options)[:6] in ("beams", "beam_s")
-    ):
+    if len(ids) > 1 or options.num_return_sequences > 1 or options.num_beams > 1:
       raise ConfigError("streaming gives one text of one prompt, without beams; leave them out")
     if options.beyond_context == "slide":
       raise ConfigError('streaming ends with the context; leave beyond_context="slide" out')
     return self._stream(ids, options, lengths)
 
   def _stream(self, ids, options: DecodingOptions, lengths: Lengths) -> Iterator[Piece]:
-    with open_callbacks([options]) as callbacks, _EXACT:
+    with open_callbacks([options]) as callbacks, _exact():
       prompts_PL, texts, controls = self._set_up(ids, options, lengths, _seed(options), callbacks)
       texts, cache = programs.start(self.weights, prompts_PL, texts, controls, self.config)
       writer = _Writer(self.tokenizer, options.stop)
