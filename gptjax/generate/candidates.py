@@ -22,7 +22,7 @@ import numpy as np
 from flax import struct
 
 _MAX_WIDTH = 1024
-# Bit patterns of -inf and inf in the order of the floats, as `_order` and `_float` have it.
+# Bit patterns of -inf and inf in the order of the floats, as `_float` takes it.
 _LOWEST, _HIGHEST = -0x7F800001, 0x7F800000
 
 
@@ -104,26 +104,33 @@ def warp(scores_RV: jax.Array, sampling: Sampling) -> Candidates:
 
   Source: transformers 5.23, generation/logits_process.py, with min_tokens_to_keep=1.
   """
-  ids_RC = jax.lax.broadcasted_iota(jnp.int32, scores_RV.shape, 1)
-  scores_RC = scores_RV
-  if sampling.width:
-    scores_RC, ids_RC = jax.lax.top_k(scores_RV, sampling.width)
-  temperature_R1 = sampling.temperature_R[:, None]
-  is_greedy_R1 = temperature_R1 == 0
-  likeliest_R1 = jnp.argmax(scores_RC, axis=-1, keepdims=True)
-  scores_RC = jax.lax.optimization_barrier(scores_RC / jnp.where(is_greedy_R1, 1.0, temperature_R1))
-  if sampling.top_k_R is not None:
-    scores_RC = _keep_top_k(scores_RC, sampling.top_k_R)
-  if sampling.cut_mass_R is not None:
-    scores_RC = _keep_top_p(scores_RC, ids_RC, sampling.cut_mass_R)
-  if sampling.min_p_R is not None:
-    scores_RC = _keep_min_p(scores_RC, sampling.min_p_R)
-  if sampling.typical_mass_R is not None:
-    scores_RC = _keep_typical(scores_RC, sampling.typical_mass_R)
+  scores_RC, ids_RC = _narrow(scores_RV, sampling)
   place_RC = jax.lax.broadcasted_iota(jnp.int32, scores_RC.shape, 1)
+  likeliest_R1 = jnp.argmax(scores_RC, axis=-1, keepdims=True)
   one_hot_RC = jnp.where(place_RC == likeliest_R1, 0.0, -jnp.inf)
-  log_probs_RC = jnp.where(is_greedy_R1, one_hot_RC, jax.nn.log_softmax(scores_RC, axis=-1))
-  return Candidates(ids_RC, log_probs_RC)
+  log_probs_RC = jax.nn.log_softmax(_cut(scores_RC, ids_RC, sampling, 1), axis=-1)
+  is_greedy_R1 = sampling.temperature_R[:, None] == 0
+  return Candidates(ids_RC, jnp.where(is_greedy_R1, one_hot_RC, log_probs_RC))
+
+
+def shortlist(
+  scores_RV: jax.Array, sampling: Sampling, min_tokens_to_keep: int
+) -> tuple[jax.Array, jax.Array | None]:
+  """Warps scores that must keep their size, as those of beams.
+
+  Args:
+    scores_RV: float32, after all rules.
+    sampling: no temperature of it is 0.
+    min_tokens_to_keep: that no single warper cuts.
+
+  Returns:
+    (scores_RC divided by the temperature, -inf where cut, not normalised; ids_RC, or None where
+    they are the whole vocabulary in order).
+  """
+  scores_RC, ids_RC = _narrow(scores_RV, sampling)
+  is_kept_RC = _cut(scores_RC, ids_RC, sampling, min_tokens_to_keep) > -jnp.inf
+  scores_RC = _keep(scores_RC / sampling.temperature_R[:, None], is_kept_RC)
+  return scores_RC, ids_RC if sampling.width else None
 
 
 def draw(candidates: Candidates, keys_R: jax.Array, index_R: jax.Array) -> jax.Array:
@@ -153,6 +160,30 @@ def draw(candidates: Candidates, keys_R: jax.Array, index_R: jax.Array) -> jax.A
   return _bisect(reaches_target, jnp.zeros_like(last_id_R), last_id_R)
 
 
+def _narrow(scores_RV: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+  if sampling.width:
+    return jax.lax.top_k(scores_RV, sampling.width)
+  return scores_RV, jax.lax.broadcasted_iota(jnp.int32, scores_RV.shape, 1)
+
+
+def _cut(scores_RC: jax.Array, ids_RC: jax.Array, sampling: Sampling, least: int) -> jax.Array:
+  """Applies all warpers; the scores returned are less than 0 by what their row's highest was."""
+  if sampling.top_k_R is not None:
+    scores_RC = _keep_top_k(scores_RC, jnp.maximum(sampling.top_k_R, least))
+  temperature_R1 = sampling.temperature_R[:, None]
+  # The highest is 0 before it is scaled: XLA computes scores anew where it fuses, with or without
+  # rounding the product, and a difference of products that should be 0 would not be.
+  scores_RC = scores_RC - jnp.max(scores_RC, axis=-1, keepdims=True)
+  scores_RC = scores_RC / jnp.where(temperature_R1 == 0, 1.0, temperature_R1)
+  if sampling.cut_mass_R is not None:
+    scores_RC = _keep_top_p(scores_RC, ids_RC, sampling.cut_mass_R, least)
+  if sampling.min_p_R is not None:
+    scores_RC = _keep_min_p(scores_RC, sampling.min_p_R, least)
+  if sampling.typical_mass_R is not None:
+    scores_RC = _keep_typical(scores_RC, sampling.typical_mass_R, least)
+  return scores_RC
+
+
 def _keep_top_k(scores_RC: jax.Array, count_R: jax.Array) -> jax.Array:
   """Keeps what is not below the k-th score: the least score with fewer than k above it."""
 
@@ -162,14 +193,15 @@ def _keep_top_k(scores_RC: jax.Array, count_R: jax.Array) -> jax.Array:
   return _keep(scores_RC, scores_RC >= _least_float(few_above, count_R)[:, None])
 
 
-def _keep_top_p(scores_RC: jax.Array, ids_RC: jax.Array, cut_mass_R: jax.Array) -> jax.Array:
+def _keep_top_p(
+  scores_RC: jax.Array, ids_RC: jax.Array, cut_mass_R: jax.Array, least: int
+) -> jax.Array:
   """Cuts, from the least likely up, and lower ids first, all that adds up to the cut mass."""
   probs_RC = jax.nn.softmax(scores_RC, axis=-1)
   threshold_R = _least_float(
     lambda score_R: _mass(probs_RC, scores_RC <= score_R[:, None]) > cut_mass_R, cut_mass_R
   )
-  # The likeliest stays, even where rounding or top_p 0 would cut it.
-  threshold_R1 = jnp.minimum(threshold_R, jnp.max(scores_RC, axis=-1))[:, None]
+  threshold_R1 = jnp.minimum(threshold_R[:, None], _highest(scores_RC, least))
   is_tied_RC = scores_RC == threshold_R1
   below_R = _mass(probs_RC, scores_RC < threshold_R1)
   last_id_R = jnp.max(jnp.where(is_tied_RC, ids_RC, 0), axis=-1)
@@ -186,14 +218,14 @@ def _keep_top_p(scores_RC: jax.Array, ids_RC: jax.Array, cut_mass_R: jax.Array) 
   return _keep(scores_RC, is_kept_RC)
 
 
-def _keep_min_p(scores_RC: jax.Array, min_p_R: jax.Array) -> jax.Array:
+def _keep_min_p(scores_RC: jax.Array, min_p_R: jax.Array, least: int) -> jax.Array:
   """Keeps what has min_p of the likeliest token's probability."""
   probs_RC = jax.nn.softmax(scores_RC, axis=-1)
-  least_R1 = min_p_R[:, None] * jnp.max(probs_RC, axis=-1, keepdims=True)
-  return _keep(scores_RC, probs_RC >= least_R1)
+  threshold_R1 = min_p_R[:, None] * jnp.max(probs_RC, axis=-1, keepdims=True)
+  return _keep(scores_RC, probs_RC >= jnp.minimum(threshold_R1, _highest(probs_RC, least)))
 
 
-def _keep_typical(scores_RC: jax.Array, mass_R: jax.Array) -> jax.Array:
+def _keep_typical(scores_RC: jax.Array, mass_R: jax.Array, least: int) -> jax.Array:
   """Keeps the tokens whose surprise is nearest the entropy, until they add up to the mass.
 
   Source: Meister et al. 2023, "Locally Typical Sampling", section 4.
@@ -203,12 +235,19 @@ def _keep_typical(scores_RC: jax.Array, mass_R: jax.Array) -> jax.Array:
   entropy_R1 = -jnp.sum(
     probs_RC * jnp.where(probs_RC > 0, log_probs_RC, 0.0), axis=-1, keepdims=True
   )
-  # Computed once: computed again with other rounding, it would miss its own threshold.
-  distance_RC = jax.lax.optimization_barrier(jnp.abs(-log_probs_RC - entropy_R1))
+  distance_RC = jnp.abs(-log_probs_RC - entropy_R1)
   limit_R = _least_float(
     lambda limit_R: _mass(probs_RC, distance_RC <= limit_R[:, None]) >= mass_R, mass_R
   )
-  return _keep(scores_RC, distance_RC <= limit_R[:, None])
+  limit_R1 = jnp.maximum(limit_R[:, None], -_highest(-distance_RC, least))
+  return _keep(scores_RC, distance_RC <= limit_R1)
+
+
+def _highest(values_RC: jax.Array, count: int) -> jax.Array:
+  """The last of the `count` highest values of each row, [R, 1]."""
+  if count == 1:
+    return jnp.max(values_RC, axis=-1, keepdims=True)
+  return jax.lax.top_k(values_RC, min(count, values_RC.shape[-1]))[0][:, -1:]
 
 
 def _keep(scores_RC: jax.Array, is_kept_RC: jax.Array) -> jax.Array:

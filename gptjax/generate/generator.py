@@ -25,7 +25,7 @@ from gptjax.generate.options import (
 )
 from gptjax.generate.rules import make_rules, open_callbacks
 from gptjax.generate.sampling import Controls, Texts
-from gptjax.generate.stopping import cut_at_stop, initial_state, make_stops
+from gptjax.generate.stopping import Stops, StopStrings, count_undecided, cut_at_stop
 from gptjax.model.config import ModelConfig
 
 PyTree = Any
@@ -218,13 +218,13 @@ class Generator:
     num_slots = programs.bucket(int(limit_R.max()), self.config.context_length)
     tokens_RS = np.zeros((num_rows, max(num_slots, prompts_PL.shape[1])), np.int32)
     tokens_RS[:, : prompts_PL.shape[1]] = np.repeat(prompts_PL, copies, axis=0)
-    stops = make_stops([options.stop] * num_rows, self.tokenizer)
+    stops, stop_state_RZ = self._stops(options, np.repeat(np.arange(len(ids)), copies), ids)
     texts = sampling.new_texts(
       tokens_RS,
       np.repeat(np.array([len(row) for row in ids], np.int32), copies),
       limit_R,
       _row_keys(seed, len(ids), copies),
-      None if stops is None else initial_state(stops, num_rows),
+      stop_state_RZ,
       options.top_logprobs,
     )
     controls = Controls(
@@ -255,7 +255,7 @@ class Generator:
     prompts_BL = self._pad(ids)
     prompt_length_B = np.array([len(row) for row in ids], np.int32)
     max_new_B = np.asarray(lengths.limits, np.int32) - prompt_length_B
-    stops = make_stops([options.stop] * num_prompts, self.tokenizer)
+    stops, stop_state_BZ = self._stops(options, np.arange(num_prompts), ids)
     controls = Controls(
       rules=make_rules(
         [options] * num_rows,
@@ -275,7 +275,7 @@ class Generator:
       prompts_BL,
       prompt_length_B,
       max_new_B,
-      None if stops is None else initial_state(stops, num_prompts),
+      stop_state_BZ,
       make_ranking(options.length_penalty, options.early_stopping),
       controls,
       _prompt_keys(seed, num_prompts),
@@ -339,6 +339,20 @@ class Generator:
       if whole.finish_R[0] != sampling.LENGTH:
         break
     return whole
+
+  def _stops(
+    self, options: DecodingOptions, prompt_R: np.ndarray, ids: list[list[int]]
+  ) -> tuple[Stops | None, np.ndarray | None]:
+    """Returns (automata of the stop texts, their states after the prompts)."""
+    if not options.stop:
+      return None, None
+    if self.tokenizer is None:
+      raise ConfigError("stop needs a tokenizer, and the model has none; use eos_token_id")
+    return self._stop_strings.make([options.stop] * len(prompt_R), [ids[i] for i in prompt_R])
+
+  @functools.cached_property
+  def _stop_strings(self) -> StopStrings:
+    return StopStrings(self.tokenizer, self.config.vocab_size)
 
   def _sampling(self, options: DecodingOptions, num_rows: int) -> Sampling | None:
     if not is_sampled(options):
@@ -480,15 +494,9 @@ class _Writer:
       self._held += self._stream.step(token)
     if is_last:
       return cut_at_stop(self._held + self._stream.finish(), self._stops)
-    keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+    keep = count_undecided(self._held, self._stops)
     shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
     return shown
-
-
-def _overlap(text: str, stop: str) -> int:
-  """Returns how many characters at the end of a text begin the stop text."""
-  sizes = range(min(len(text), len(stop)), 0, -1)
-  return next((size for size in sizes if text.endswith(stop[:size])), 0)
 
 
 def _check_ids(ids: list[list[int]], vocab_size: int) -> None:

@@ -1,4 +1,4 @@
-"""Sampling at a temperature: one compiled loop on the device."""
+"""Samples of a model in training: parameters change between calls, so nothing is prepared."""
 
 import functools
 from collections.abc import Sequence
@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.errors import UserError
-from gptjax.generate.cache import decode_step, prefill
+from gptjax.generate import sampling
+from gptjax.generate.candidates import make_sampling
+from gptjax.generate.kernels import prepare
+from gptjax.generate.rules import Rules
+from gptjax.generate.sampling import Controls
 from gptjax.model.config import ModelConfig
-from gptjax.model.decoder import unstack_layers
-from gptjax.model.heads import lm_logits
 
 
 def sample(
@@ -44,7 +46,8 @@ def sample(
       the context.
   """
   _check_prompts(prompts, config)
-  longest = max(len(prompt) for prompt in prompts)
+  length_R = np.array([len(prompt) for prompt in prompts], np.int32)
+  longest = int(length_R.max())
   if longest + max_new_tokens > config.context_length:
     raise UserError(
       f"a prompt of {longest} tokens and {max_new_tokens} new ones exceed the model's context of"
@@ -52,22 +55,14 @@ def sample(
     )
   # Prompts are padded to a power of two, so that few shapes are compiled.
   padded = min(1 << (longest - 1).bit_length(), config.context_length - max_new_tokens)
-  tokens_BL = np.zeros((len(prompts), padded), np.int32)
-  for row, prompt in zip(tokens_BL, prompts):
-    row[padded - len(prompt) :] = prompt
-  first_slot_B = np.array([padded - len(prompt) for prompt in prompts], np.int32)
-  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(prompts)))
-  new_tokens = _sample(
-    params,
-    tokens_BL,
-    first_slot_B,
-    np.float32(temperature),
-    keys_B,
-    np.int32(config.vocab_size if num_ids is None else num_ids),
-    config,
-    max_new_tokens,
+  tokens_RS = np.zeros((len(prompts), padded + max_new_tokens), np.int32)
+  for row, prompt in zip(tokens_RS, prompts):
+    row[: len(prompt)] = prompt
+  chooser = make_sampling(config.vocab_size, [temperature] * len(prompts)) if temperature else None
+  tokens_RS = np.asarray(
+    _sample(params, tokens_RS, length_R, max_new_tokens, key, chooser, config, padded, num_ids)
   )
-  return np.asarray(new_tokens)
+  return np.stack([row[n : n + max_new_tokens] for row, n in zip(tokens_RS, length_R)])
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig) -> None:
@@ -84,33 +79,18 @@ def _check_prompts(prompts: Sequence[Sequence[int]], config: ModelConfig) -> Non
       )
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens"))
-def _sample(params, tokens_BL, first_slot_B, temperature, keys_B, num_ids, config, max_new_tokens):
-  decoder = params["decoder"]
-  layers = unstack_layers(decoder["layers"], config)
-  num_slots = tokens_BL.shape[1] + max_new_tokens
-  hidden_BD, cache = prefill(decoder, layers, tokens_BL, first_slot_B, num_slots, config)
-
-  def step(carry, index):
-    hidden_BD, cache = carry
-    logits_BV = lm_logits(params, hidden_BD, config)
-    logits_BV = jnp.where(jnp.arange(config.vocab_size)[None, :] < num_ids, logits_BV, -jnp.inf)
-    token_B = draw(logits_BV, temperature, keys_B, index)
-    hidden_BD, cache = decode_step(decoder, layers, token_B, cache, config)
-    return (hidden_BD, cache), token_B
-
-  _, tokens_LB = jax.lax.scan(step, (hidden_BD, cache), jnp.arange(max_new_tokens))
-  return tokens_LB.T
-
-
-def draw(
-  logits_BV: jax.Array, temperature: jax.Array, keys_B: jax.Array, index: jax.Array
-) -> jax.Array:
-  """Draws one token a row from float32 logits; temperature 0 takes the likeliest. int32 [B]."""
-  step_keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, index)
-  scaled_BV = logits_BV / jnp.where(temperature > 0, temperature, 1.0)
-  drawn_B = jax.vmap(jax.random.categorical)(step_keys_B, scaled_BV)
-  return jnp.where(temperature > 0, drawn_B, jnp.argmax(logits_BV, axis=-1)).astype(jnp.int32)
+@functools.partial(jax.jit, static_argnames=("config", "num_prompt_slots", "num_ids"))
+def _sample(params, tokens_RS, length_R, max_new, key, chooser, config, num_prompt_slots, num_ids):
+  num_rows = len(tokens_RS)
+  keys_R = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(num_rows))
+  weights = prepare(params, config)
+  texts = sampling.new_texts(tokens_RS, length_R, length_R + max_new, keys_R, None, 0)
+  unknown_N = jnp.arange(num_ids or config.vocab_size, config.vocab_size)
+  suppressed_RN = jnp.tile(unknown_N[None], (num_rows, 1)) if unknown_N.size else None
+  controls = Controls(Rules(suppressed_RN=suppressed_RN), chooser)
+  prompts_RL = tokens_RS[:, :num_prompt_slots]
+  texts, cache = sampling.start(weights, prompts_RL, texts, controls, config)
+  return sampling.run(weights, texts, cache, controls, config).tokens_RS
 
 
 def sample_long(
