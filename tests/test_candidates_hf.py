@@ -2,11 +2,12 @@
 
 import itertools
 
+import jax
 import numpy as np
 import pytest
 from test_candidates import probabilities
 
-from gptjax.generate.candidates import make_sampling
+from gptjax.generate.candidates import make_sampling, shortlist
 
 torch = pytest.importorskip("torch", reason="needs torch")
 transformers = pytest.importorskip("transformers", reason="needs transformers")
@@ -32,10 +33,13 @@ def _scores(rows, seed=0):
   return scores_RV.astype(np.float32)
 
 
-def _theirs(scores_RV, options) -> np.ndarray:
+def _theirs(scores_RV, options, num_beams=1, raw=False) -> np.ndarray:
   """By the processors that transformers' own `generate` makes of the options."""
   given = {name: value for name, value in options.items() if value is not None}
-  config = transformers.GenerationConfig(do_sample=True, num_beams=1, **({"top_k": 0} | given))
+  given = {"do_sample": True, "num_beams": num_beams, "top_k": 0} | given
+  config = transformers.GenerationConfig(**given)
+  # One end token, of which `generate` makes this.
+  config._eos_token_tensor = torch.tensor([3])
   for name in NAMES:
     if options[name] is None and name != "top_k":
       setattr(config, name, None)
@@ -45,7 +49,9 @@ def _theirs(scores_RV, options) -> np.ndarray:
   ids = torch.zeros((len(scores_RV), 1), dtype=torch.long)
   processors = model._get_logits_processor(config, input_ids_seq_length=1, device="cpu")
   with torch.no_grad():
-    return processors(ids, torch.tensor(scores_RV)).softmax(-1).numpy()
+    # In float64, so that only our own rounding counts.
+    warped_RV = processors(ids, torch.tensor(scores_RV, dtype=torch.float64))
+  return (warped_RV if raw else warped_RV.softmax(-1)).numpy()
 
 
 def _ours(scores_RV, rows) -> np.ndarray:
@@ -55,8 +61,8 @@ def _ours(scores_RV, rows) -> np.ndarray:
 
 
 def _check(probs_RV, wanted_RV):
-  np.testing.assert_array_equal(probs_RV > 0, wanted_RV > 0)
-  np.testing.assert_allclose(probs_RV, wanted_RV, rtol=1e-5)
+  # Below the second there is no float32 of full precision.
+  np.testing.assert_allclose(probs_RV, wanted_RV, rtol=1e-5, atol=1e-36)
 
 
 @pytest.mark.parametrize("top_k", VALUES["top_k"])
@@ -91,6 +97,23 @@ def test_scores_of_extreme_size():
   for options in COMBINATIONS[::17]:
     if options["temperature"] >= 1:
       _check(_ours(scores_RV, [options] * 3), _theirs(scores_RV, options))
+
+
+def test_beams_keep_the_size_of_scores_and_two_tokens():
+  scores_RV = _scores(3, seed=9)
+  scores_RV -= np.log(np.exp(scores_RV.astype(np.float64)).sum(-1, keepdims=True)).astype(
+    np.float32
+  )
+  for options in COMBINATIONS[::5]:
+    sampling = make_sampling(V, **{name: [options[name]] * 3 for name in NAMES})
+    short_RC, ids_RC = jax.jit(shortlist, static_argnums=2)(scores_RV, sampling, 2)
+    assert (ids_RC is None) == (sampling.width == 0)
+    ours_RV = np.full(scores_RV.shape, -np.inf, np.float32)
+    ids_RC = np.arange(V)[None].repeat(3, 0) if ids_RC is None else np.asarray(ids_RC)
+    np.put_along_axis(ours_RV, ids_RC, np.asarray(short_RC), axis=1)
+    wanted_RV = _theirs(scores_RV, options, num_beams=2, raw=True)
+    np.testing.assert_allclose(ours_RV, wanted_RV, rtol=1e-6)
+    assert ((ours_RV > -np.inf).sum(axis=1) >= 2).all()
 
 
 def test_other_options_are_told_apart():
