@@ -20,9 +20,9 @@ from typing import Any
 from gptjax._version import __version__
 
 # Found in gptjax.api when first used, so that `import gptjax` does not wait for jax.
-_LAZY = ("Model", "load")
+_LAZY = ("Model", "load", "pipeline", "set_seed")
 
-__all__ = ["Model", "__version__", "load"]
+__all__ = ["Model", "__version__", "load", "pipeline", "set_seed"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,9 @@
-"""What `import gptjax` gives: `load`, and the thin `Model` around pure functions."""
+"""What `import gptjax` gives: `load`, `pipeline`, `set_seed`, and the thin `Model`."""
 
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from gptjax.checkpoint.models import load_model, save_run
 from gptjax.data.special_tokens import LISTS, ROLES
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import ConfigError, DataError, UserError, check_choice, did_you_mean
+from gptjax.generate.generator import Generation, Generator, Piece
+from gptjax.generate.options import is_sampled, parse_options
 from gptjax.model import decoder
 from gptjax.model.config import ModelConfig
 from gptjax.model.heads import lm_logits
@@ -58,7 +60,7 @@ def load(
       raise ConfigError(f"load has no option {name!r}{did_you_mean(name, options)}")
   parallel = _make_parallel(mesh)
   loaded = load_model(path_or_name, dtype, parallel, special_tokens, tokenizer=tokenizer)
-  return Model(loaded.config, loaded.params, loaded.tokenizer)
+  return Model(loaded.config, loaded.params, loaded.tokenizer, loaded.token_ids)
 
 
 class Model:
@@ -68,12 +70,21 @@ class Model:
     config: the architecture.
     params: the whole tree; the functions of `gptjax.model` take it.
     tokenizer: text to ids and back; None where the model came without one of a known kind.
+    token_ids: {"eos": ids that end a text, "pad": ids that fill rows, ...}, as the files say.
   """
 
-  def __init__(self, config: ModelConfig, params: PyTree, tokenizer: Tokenizer | None = None):
+  def __init__(
+    self,
+    config: ModelConfig,
+    params: PyTree,
+    tokenizer: Tokenizer | None = None,
+    token_ids: Mapping[str, tuple[int, ...]] | None = None,
+  ):
     self.config = config
     self.params = params
     self.tokenizer = tokenizer
+    self.token_ids = {"bos": (), "eos": (), "pad": ()} | dict(token_ids or {})
+    self._generators: dict[str, Generator] = {}
 
   def __call__(self, tokens_BL: Any) -> jax.Array:
     """Returns the logits of the next token.
@@ -104,6 +115,36 @@ class Model:
       UserError: as the call.
     """
     return self._run(_all_hidden_states if all_layers else _hidden_states, tokens_BL)
+
+  def generate(self, prompts: Any, *, weights: str = "float32", **options: Any) -> Generation:
+    """Continues prompts; greedy with 20 new tokens unless told otherwise.
+
+    Args:
+      prompts: a text, texts, or token ids, [B, L] or rows of any lengths.
+      weights: "int8" keeps the matrices of the layers in a quarter of the bytes.
+      options: every field of `gptjax.generate.options.DecodingOptions`.
+
+    Raises:
+      UserError: an unknown option, one without effect, or input that does not fit the model.
+    """
+    return self.generator(weights).generate(prompts, _parse(options))
+
+  def stream(self, prompt: Any, *, weights: str = "float32", **options: Any) -> Iterator[Piece]:
+    """Continues one prompt, a token at a time; the joined texts are that of `generate`."""
+    return self.generator(weights).stream(prompt, _parse(options))
+
+  def generator(self, weights: str = "float32") -> Generator:
+    """Returns what generates; its copy of the weights is made at the first call."""
+    if weights not in self._generators:
+      self._generators[weights] = Generator(
+        self.params,
+        self.config,
+        self.tokenizer,
+        end_ids=self.token_ids["eos"],
+        pad_id=next(iter(self.token_ids["pad"]), None),
+        weights=weights,
+      )
+    return self._generators[weights]
 
   def save(self, path: str | os.PathLike, format: str = "hf") -> None:
     """Writes the model to a new folder.
@@ -149,6 +190,92 @@ class Model:
     if self.tokenizer is None:
       raise UserError("the model has no tokenizer; give token ids instead of text")
     return np.array([self.tokenizer.encode(text)], np.int32)
+
+
+class TextGenerationPipeline:
+  """Calls a model as `transformers.pipeline("text-generation")` does; made by `pipeline`.
+
+  Attributes:
+    model, tokenizer: as of the Model.
+  """
+
+  def __init__(self, model: Model):
+    self.model = model
+    self.tokenizer = model.tokenizer
+
+  def __call__(
+    self,
+    text_inputs: str | list[str],
+    *,
+    return_full_text: bool = True,
+    **options: Any,
+  ) -> list:
+    """Continues texts.
+
+    Args:
+      text_inputs: a text, or a list of them.
+      return_full_text: put the prompt before the new text.
+      options: as of `Model.generate`, at transformers' defaults: sampling at temperature 0.7 among
+        the 50 likeliest, 256 new tokens or as many as the context has room for.
+
+    Returns:
+      [{"generated_text": text}, ...] of each sequence; a list of these for a list of texts.
+    """
+    texts = [text_inputs] if isinstance(text_inputs, str) else list(text_inputs)
+    results = [self._continue(text, return_full_text, options) for text in texts]
+    return results[0] if isinstance(text_inputs, str) else results
+
+  def _continue(self, text: str, return_full_text: bool, options: dict[str, Any]) -> list[dict]:
+    defaults: dict[str, Any] = {}
+    if options.get("do_sample", True) is not False:
+      defaults |= {"do_sample": True, "temperature": 0.7}
+      if options.get("temperature") != 0:
+        defaults["top_k"] = 50
+    if options.get("max_new_tokens") is None and options.get("max_length") is None:
+      room = self.model.config.context_length - len(self.model._encode(text)[0])
+      defaults["max_new_tokens"] = max(1, min(256, room))
+    out = self.model.generate(text, **(defaults | options))
+    prefix = "" if return_full_text is False else text
+    return [{"generated_text": prefix + new} for new in out.texts]
+
+
+def pipeline(task: str, model: Any, **load_options: Any) -> TextGenerationPipeline:
+  """Makes what `transformers.pipeline` makes.
+
+  Args:
+    task: "text-generation".
+    model: a Model, or whatever `load` takes.
+    load_options: of `load`.
+
+  Raises:
+    UserError: an unknown task, a model without a tokenizer, or as `load`.
+  """
+  check_choice("task", task, ("text-generation",))
+  if not isinstance(model, Model):
+    model = load(model, **load_options)
+  elif load_options:
+    raise ConfigError(f"{next(iter(load_options))} has no effect on a model that is loaded already")
+  if model.tokenizer is None:
+    raise UserError("the model has no tokenizer, and a pipeline takes and gives text")
+  return TextGenerationPipeline(model)
+
+
+_seeds: np.random.Generator | None = None
+
+
+def set_seed(seed: int | None) -> None:
+  """Makes the calls of `generate` that follow, and give no seed, repeat; None undoes it."""
+  global _seeds
+  if seed is not None and (not isinstance(seed, int | np.integer) or seed < 0):
+    raise ConfigError(f"seed is {seed!r}; it must be a whole number, at least 0")
+  _seeds = None if seed is None else np.random.default_rng(seed)
+
+
+def _parse(options: dict[str, Any]) -> Any:
+  parsed = parse_options(options)
+  if parsed.seed is None and _seeds is not None and is_sampled(parsed):
+    parsed = parse_options({**options, "seed": int(_seeds.integers(2**32))})
+  return parsed
 
 
 def _to_array(tokens: Any) -> np.ndarray:

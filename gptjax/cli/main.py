@@ -67,7 +67,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-  parser, verbs = _make_parser()
+  parser, verbs = _make_parser(is_generate=arguments[:1] == ["generate"])
   words = [argument for argument in arguments if not argument.startswith("-")]
   if arguments and arguments[0] not in verbs and arguments[0] in words:
     raise ConfigError(f'unknown verb "{arguments[0]}"{did_you_mean(arguments[0], verbs)}')
@@ -81,7 +81,9 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
   return options
 
 
-def _make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+def _make_parser(
+  *, is_generate: bool
+) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
   parser = _Parser(prog="gptjax", description="The GPT family in JAX/Flax.", allow_abbrev=False)
   parser.add_argument("--version", action="version", version=f"gptjax {__version__}")
   subparsers = parser.add_subparsers(dest="verb", metavar="VERB")
@@ -101,6 +103,18 @@ def _make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.Argument
   data.add_argument("--step", type=int, required=True, help="the update, counted from 1")
   data.add_argument("--row", type=int, default=0, help="row of its batch, counted from 0")
   data.add_argument("--json", action="store_true", help="print one JSON object")
+
+  generate = add_verb("generate", _generate, "Continue prompts; without one, those typed.")
+  generate.add_argument("--model", required=True, help=_MODEL_HELP)
+  generate.add_argument("--prompt", action="append", help="text to continue; may be repeated")
+  generate.add_argument("--prompt-file", help="file of prompts, one a line")
+  generate.add_argument("--stream", action="store_true", help="print the text as it comes")
+  generate.add_argument("--weights", default="float32", choices=["float32", "int8"])
+  generate.add_argument("--json", action="store_true", help="print one JSON object")
+  if is_generate:
+    from gptjax.cli.generate import add_options
+
+    add_options(generate)
 
   info = add_verb("info", _info, "Describe a model and what differs from its published recipe.")
   _add_model(info)
@@ -159,6 +173,12 @@ def _data_show(options: argparse.Namespace) -> None:
   for span in spans:
     print(f"--- {span.path} bytes {span.start_byte}-{span.end_byte} of {span.bytes_of}")
     print(span.text)
+
+
+def _generate(options: argparse.Namespace) -> None:
+  from gptjax.cli.generate import generate
+
+  generate(options)
 
 
 def _info(options: argparse.Namespace) -> None:

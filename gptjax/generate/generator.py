@@ -22,6 +22,7 @@ from gptjax.generate.options import (
   encode_bad_words,
   is_sampled,
   remove_padding,
+  strategy,
 )
 from gptjax.generate.rules import make_rules, open_callbacks
 from gptjax.generate.sampling import Controls, Texts
@@ -126,6 +127,7 @@ class Generator:
         the vocabulary, or text without a tokenizer.
     """
     ids, options, lengths = self._read(prompts, options)
+    _refuse_speculation(options)
     copies = options.num_return_sequences
     seed = _seed(options)
     num_rows = len(ids) * max(copies, options.num_beams)
@@ -141,6 +143,7 @@ class Generator:
       UserError: as `generate`, and for strategies that know no text before their end.
     """
     ids, options, lengths = self._read(prompt, options)
+    _refuse_speculation(options)
     if len(ids) > 1 or options.num_return_sequences > 1 or options.num_beams > 1:
       raise ConfigError("streaming gives one text of one prompt, without beams; leave them out")
     if options.beyond_context == "slide":
@@ -169,7 +172,7 @@ class Generator:
     """Returns (ids of each prompt, options with nothing left to look up, lengths)."""
     ids = self._encode(prompts)
     if options.attention_mask is not None:
-      ids = remove_padding(options, ids)
+      ids = remove_padding(ids, options)
     if options.eos_token_id is None:
       options = dataclasses.replace(options, eos_token_id=self._end_ids)
     options = encode_bad_words(options, self.tokenizer)
@@ -246,7 +249,13 @@ class Generator:
     if max(lengths.limits) > self.config.context_length:
       return self._slide(ids, options, lengths, seed, callbacks)
     prompts_PL, texts, controls = self._set_up(ids, options, lengths, seed, callbacks)
-    texts = programs.sample(self.weights, prompts_PL, texts, controls, self.config)
+    if callbacks is None:
+      texts = programs.sample(self.weights, prompts_PL, texts, controls, self.config)
+      return _Rows.of(jax.device_get(texts))
+    # One dispatch a token: callbacks within a long loop on the device have been seen to hang.
+    texts, cache = programs.start(self.weights, prompts_PL, texts, controls, self.config)
+    while (np.asarray(texts.finish_R) == sampling.RUNNING).any():
+      texts, cache = programs.step(self.weights, texts, cache, controls, self.config)
     return _Rows.of(jax.device_get(texts))
 
   def _search_beams(self, ids, options, lengths: Lengths, seed: int, callbacks) -> "_Rows":
@@ -412,7 +421,8 @@ class Generator:
     lines = zip(rows.tokens_RS, rows.prompt_length_R, rows.length_R, rows.finish_R)
     for tokens_S, prompt_length, length, finish in lines:
       last = length - (finish == sampling.END_TOKEN)
-      new = tokens_S[prompt_length:last].tolist()
+      # Spare rows of a vocabulary have ids that no tokenizer knows.
+      new = [i for i in tokens_S[prompt_length:last].tolist() if i < self.tokenizer.vocab_size]
       texts.append(cut_at_stop(self.tokenizer.decode(new, skip_special_tokens=True), options.stop))
     return texts
 
@@ -483,6 +493,7 @@ class _Writer:
 
   def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]):
     self._stream = None if tokenizer is None else tokenizer.decode_stream(skip_special_tokens=True)
+    self._vocab_size = 0 if tokenizer is None else tokenizer.vocab_size
     self._stops = stops
     self._held = ""
 
@@ -490,13 +501,18 @@ class _Writer:
     """Returns the text that may be shown now; the end token is no text."""
     if self._stream is None:
       return ""
-    if not is_end:
+    if not is_end and token < self._vocab_size:
       self._held += self._stream.step(token)
     if is_last:
       return cut_at_stop(self._held + self._stream.finish(), self._stops)
     keep = count_undecided(self._held, self._stops)
     shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
     return shown
+
+
+def _refuse_speculation(options: DecodingOptions) -> None:
+  if strategy(options) in ("lookup", "draft"):
+    raise ConfigError("speculative decoding is not built yet; leave its options out")
 
 
 def _check_ids(ids: list[list[int]], vocab_size: int) -> None:

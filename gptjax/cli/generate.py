@@ -1,0 +1,163 @@
+"""`gptjax generate`: continues prompts given as flags, in a file, or typed."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gptjax.api import Model, load
+from gptjax.errors import ConfigError
+from gptjax.generate import programs
+from gptjax.generate.options import DecodingOptions
+
+# Not for a command line: Python objects.
+_NOT_FLAGS = ("allowed_tokens", "attention_mask", "draft_model")
+# A text by itself, or a JSON list of them; "5" is a text too.
+_TEXTS = ("stop", "bad_words")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+  """Adds a flag for every decoding option: the name with dashes; lists and mappings in JSON."""
+  group = parser.add_argument_group("decoding options", "lists and mappings are given in JSON")
+  for field in dataclasses.fields(DecodingOptions):
+    if field.name in _NOT_FLAGS:
+      continue
+    flag = "--" + field.name.replace("_", "-")
+    is_switch = field.default is False
+    group.add_argument(
+      flag,
+      dest=f"option_{field.name}",
+      nargs="?" if is_switch else None,
+      const="true" if is_switch else None,
+      metavar="VALUE",
+      help=field.metadata["help"].replace("%", "%%"),
+    )
+
+
+def read_options(options: argparse.Namespace) -> dict[str, Any]:
+  """Returns the decoding options that were given: JSON where it is, else text."""
+  given = {}
+  for flag, value in vars(options).items():
+    if flag.startswith("option_") and value is not None:
+      name = flag.removeprefix("option_")
+      is_text = name in _TEXTS and not value.startswith("[")
+      given[name] = value if is_text else _parse_value(value)
+  return given
+
+
+def _parse_value(value: str) -> Any:
+  try:
+    return json.loads(value)
+  except json.JSONDecodeError:
+    return value
+
+
+def generate(options: argparse.Namespace) -> None:
+  """Runs the verb."""
+  prompts = list(options.prompt or [])
+  if options.prompt_file:
+    prompts += _read_lines(options.prompt_file)
+  decoding = read_options(options)
+  if options.stream and (options.json or len(prompts) > 1):
+    raise ConfigError("--stream prints the text of one prompt; leave out --json and other prompts")
+  if not prompts and options.json:
+    raise ConfigError("--json needs a --prompt or a --prompt-file")
+  enable_compilation_cache()
+  model = load(options.model)
+  stop_listening = programs.on_compile(lambda line: print(line, file=sys.stderr, flush=True))
+  try:
+    if not prompts:
+      _interact(model, decoding, options.weights)
+    elif options.stream:
+      _stream(model, prompts[0], decoding, options.weights)
+    else:
+      _print(model, prompts, decoding, options)
+  finally:
+    stop_listening()
+
+
+def enable_compilation_cache() -> None:
+  """Keeps compiled programs between processes, under ~/.cache; GPTJAX_CACHE=off switches it off."""
+  if os.environ.get("GPTJAX_CACHE") == "off":
+    return
+  home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+  folder = Path(home, "gptjax", "programs")
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    print(f"compiled programs are not kept: {error}", file=sys.stderr)
+    return
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+def _read_lines(path: str) -> list[str]:
+  try:
+    text = Path(path).read_text(encoding="utf-8")
+  except (OSError, UnicodeDecodeError) as error:
+    raise ConfigError(f"--prompt-file {path} cannot be read: {error}") from error
+  lines = [line for line in text.splitlines() if line]
+  if not lines:
+    raise ConfigError(f"--prompt-file {path} has no prompts; write one a line")
+  return lines
+
+
+def _print(model: Model, prompts: list[str], decoding: dict, options: argparse.Namespace) -> None:
+  out = model.generate(prompts, weights=options.weights, **decoding)
+  copies = len(out.finish_reasons) // len(prompts)
+  if out.seed is not None:
+    print(f"seed {out.seed}", file=sys.stderr)
+  if options.json:
+    print(json.dumps(_as_json(out, prompts)))
+    return
+  for index, reason in enumerate(out.finish_reasons):
+    text = "" if out.texts is None else out.texts[index]
+    print(prompts[index // copies] + text)
+    if index + 1 < len(out.finish_reasons):
+      print("---", f"({reason})", file=sys.stderr)
+
+
+def _as_json(out: Any, prompts: list[str]) -> dict[str, Any]:
+  lengths = [
+    len(out.prompts[row * len(out.prompts) // len(out.num_new)]) + int(new)
+    for row, new in enumerate(out.num_new)
+  ]
+  result = {
+    "prompts": prompts,
+    "texts": out.texts,
+    "tokens": [row[:length].tolist() for row, length in zip(out.tokens, lengths)],
+    "logprobs": [row[:new].tolist() for row, new in zip(out.logprobs, out.num_new)],
+    "finish_reasons": out.finish_reasons,
+    "seed": out.seed,
+  }
+  if out.scores is not None:
+    result["scores"] = out.scores.tolist()
+  if out.top_tokens is not None:
+    result["top_tokens"] = [row[:new].tolist() for row, new in zip(out.top_tokens, out.num_new)]
+    result["top_logprobs"] = [row[:new].tolist() for row, new in zip(out.top_logprobs, out.num_new)]
+  return result
+
+
+def _stream(model: Model, prompt: str, decoding: dict, weights: str) -> None:
+  pieces = model.stream(prompt, weights=weights, **decoding)
+  print(prompt, end="", flush=True)
+  for piece in pieces:
+    print(piece.text, end="", flush=True)
+  print()
+
+
+def _interact(model: Model, decoding: dict, weights: str) -> None:
+  """Reads prompts from standard input, a line each, until it ends."""
+  is_terminal = sys.stdin.isatty()
+  while True:
+    if is_terminal:
+      print("> ", end="", file=sys.stderr, flush=True)
+    line = sys.stdin.readline()
+    if not line:
+      return
+    if line.strip():
+      _stream(model, line.rstrip("\n"), decoding, weights)
