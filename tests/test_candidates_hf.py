@@ -60,7 +60,7 @@ def _ours(scores_RV, rows) -> np.ndarray:
   )
 
 
-def _check(probs_RV, wanted_RV):
+def check_close(probs_RV, wanted_RV):
   # Below the second there is no float32 of full precision.
   np.testing.assert_allclose(probs_RV, wanted_RV, rtol=1e-5, atol=1e-36)
 
@@ -69,7 +69,7 @@ def _check(probs_RV, wanted_RV):
 def test_every_combination(top_k):
   for seed, options in enumerate(row for row in COMBINATIONS if row["top_k"] == top_k):
     scores_RV = _scores(3, seed)
-    _check(_ours(scores_RV, [options] * 3), _theirs(scores_RV, options))
+    check_close(_ours(scores_RV, [options] * 3), _theirs(scores_RV, options))
 
 
 def test_all_combinations_in_one_batch():
@@ -77,7 +77,7 @@ def test_all_combinations_in_one_batch():
   probs_RV = _ours(scores_RV, COMBINATIONS)
   for row, options in enumerate(COMBINATIONS):
     one = slice(row, row + 1)
-    _check(probs_RV[one], _theirs(scores_RV[one], options))
+    check_close(probs_RV[one], _theirs(scores_RV[one], options))
 
 
 def test_ties():
@@ -86,7 +86,7 @@ def test_ties():
     options = dict.fromkeys(NAMES) | {"temperature": 1.0, "top_p": top_p, "typical_p": typical_p}
     probs_RV, wanted_RV = _ours(scores_RV, [options] * 20), _theirs(scores_RV, options)
     # PyTorch promises no order of equal scores, so which of them stay is its own affair.
-    _check(np.sort(probs_RV), np.sort(wanted_RV))
+    check_close(np.sort(probs_RV), np.sort(wanted_RV))
 
 
 def test_scores_of_extreme_size():
@@ -96,7 +96,7 @@ def test_scores_of_extreme_size():
   scores_RV[2] = np.linspace(-1e4, 1e4, V)
   for options in COMBINATIONS[::17]:
     if options["temperature"] >= 1:
-      _check(_ours(scores_RV, [options] * 3), _theirs(scores_RV, options))
+      check_close(_ours(scores_RV, [options] * 3), _theirs(scores_RV, options))
 
 
 def test_beams_keep_the_size_of_scores_and_two_tokens():
@@ -121,7 +121,7 @@ def test_other_options_are_told_apart():
   scores_RV = _scores(3, seed=5)
   options = dict(zip(NAMES, (0.8, 50, 0.9, 0.01, 0.9)))
   wanted_RV = _theirs(scores_RV, options)
-  _check(_ours(scores_RV, [options] * 3), wanted_RV)
+  check_close(_ours(scores_RV, [options] * 3), wanted_RV)
   for name, value in zip(NAMES, (0.8001, 1, 0.2, 0.9, 0.1)):
     with pytest.raises(AssertionError):
-      _check(_ours(scores_RV, [options | {name: value}] * 3), wanted_RV)
+      check_close(_ours(scores_RV, [options | {name: value}] * 3), wanted_RV)

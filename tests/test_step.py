@@ -139,6 +139,7 @@ def test_a_mean_of_means_would_be_noticed(reference_losses):
     assert_same_losses(np.array(halves), reference_losses[:1])
 
 
+@slow
 @pytest.mark.parametrize("name", [pytest.param("adamw", marks=slow), "muon"])
 def test_it_learns_a_batch_by_heart(name):
   optimizer = OptimizerConfig(name=name, learning_rate=1e-2, schedule="constant")
@@ -231,6 +232,7 @@ def test_hyperparameters_compile_nothing():
   assert step.compile_count == 1
 
 
+@slow
 def test_evaluation_sums_do_not_depend_on_devices():
   batch = make_batches()[0]
   sums = []
@@ -242,6 +244,7 @@ def test_evaluation_sums_do_not_depend_on_devices():
   assert sums[0][1] == batch.weights_BL.sum()
 
 
+@slow
 def test_dropout_changes_with_the_step_and_not_with_the_run():
   model = dataclasses.replace(
     TINY, embedding_dropout=0.1, attention_dropout=0.1, residual_dropout=0.1
@@ -266,6 +269,7 @@ def test_scanned_and_unrolled_layers_drop_the_same(reference_losses):
     assert_same_losses(losses, reference_losses)
 
 
+@slow
 def test_bfloat16_stays_near_float32(reference_losses):
   losses, state, _ = train(model=dataclasses.replace(TINY, compute_dtype="bfloat16"))
   # bfloat16 keeps 8 bits; the loss averages many rounding errors of 2**-9.
