@@ -1,0 +1,123 @@
+"""Rows that join a running batch give what they give alone."""
+
+import jax
+import numpy as np
+import pytest
+from families import make_config, make_params
+
+from gptjax.errors import UserError
+from gptjax.generate import programs
+from gptjax.generate.generator import Generator
+from gptjax.generate.options import DecodingOptions
+from gptjax.generate.slots import Slots
+
+REQUESTS = [
+  ([3, 5, 7], DecodingOptions(max_new_tokens=9, repetition_penalty=1.5)),
+  ([9] * 17, DecodingOptions(max_new_tokens=6, top_logprobs=3)),
+  ([1, 2], DecodingOptions(max_new_tokens=8, do_sample=True, top_k=9, seed=4)),
+  (
+    [8, 4, 4, 6],
+    DecodingOptions(
+      max_new_tokens=7, do_sample=True, top_p=0.8, seed=5, num_return_sequences=2, logit_bias={3: 2}
+    ),
+  ),
+  ([11], DecodingOptions(max_new_tokens=12, no_repeat_ngram_size=2, eos_token_id=[13, 14, 15])),
+  ([5, 6, 7, 8], DecodingOptions(max_new_tokens=5, bad_words_ids=[[3], [1, 2]], min_new_tokens=4)),
+]
+
+
+def make_generator(family="gpt2"):
+  config = make_config(family, context_length=40)
+  return Generator(make_params(config), config)
+
+
+def serve(slots, requests, steps_between=2):
+  """Admits a request every few steps; returns the tokens and log-probabilities of each text."""
+  found, text_of, waiting = {}, {}, list(enumerate(requests))
+  ticks = 0
+  while waiting or slots.active:
+    if waiting and ticks % steps_between == 0:
+      copies = waiting[0][1][1].num_return_sequences
+      if slots.num_free >= copies:
+        index, (prompt, options) = waiting.pop(0)
+        for copy, slot in enumerate(slots.admit(prompt, options)):
+          text_of[slot] = index, copy
+          found[index, copy] = []
+    for one in slots.step():
+      found[text_of[one.slot]].append(one)
+    ticks += 1
+  return found
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt3"])
+def test_rows_in_company_are_what_they_are_alone(family):
+  generator = make_generator(family)
+  found = serve(Slots(generator, 3, 40), REQUESTS)
+  for index, (prompt, options) in enumerate(REQUESTS):
+    alone = generator.generate([prompt], options)
+    for copy in range(options.num_return_sequences):
+      row, count = found[index, copy], int(alone.num_new[copy])
+      expected = alone.tokens[copy, len(prompt) : len(prompt) + count]
+      assert [one.token for one in row] == expected.tolist()
+      assert row[-1].finish_reason == alone.finish_reasons[copy]
+      assert all(one.finish_reason is None for one in row[:-1])
+      # float32 sums in another order: another number of rows and slots.
+      np.testing.assert_allclose(
+        [one.logprob for one in row], alone.logprobs[copy, :count], rtol=1e-4, atol=1e-5
+      )
+      if options.top_logprobs:
+        got = [[token for token, _ in one.alternatives] for one in row]
+        assert got == alone.top_tokens[copy, :count].tolist()
+
+
+def test_a_second_round_compiles_nothing_and_memory_stays():
+  slots = Slots(make_generator(), 3, 40)
+  first = serve(slots, REQUESTS)
+  shapes = [x.shape for x in jax.tree.leaves((slots._cache, slots._texts))]
+  said = []
+  stop = programs.on_compile(said.append)
+  try:
+    second = serve(slots, REQUESTS)
+  finally:
+    stop()
+  assert said == []
+  assert [[one.token for one in row] for row in second.values()] == [
+    [one.token for one in row] for row in first.values()
+  ]
+  assert [x.shape for x in jax.tree.leaves((slots._cache, slots._texts))] == shapes
+
+
+def test_a_released_slot_is_used_again_without_a_trace():
+  generator = make_generator()
+  slots = Slots(generator, 1, 40)
+  [slot] = slots.admit([9] * 20, DecodingOptions(max_new_tokens=15, do_sample=True, seed=1))
+  slots.step()
+  slots.release(slot)
+  assert (slots.num_free, slots.step()) == (1, [])
+  prompt, options = REQUESTS[0]
+  row = serve(slots, [(prompt, options)])[0, 0]
+  assert [one.token for one in row] == generator.generate([prompt], options).tokens[0, 3:].tolist()
+
+
+def test_warm_up_compiles_what_comes_later():
+  slots = Slots(make_generator(), 2, 40)
+  told, said = [], []
+  slots.warm_up([3, 20], progress=lambda *done: told.append(done))
+  assert told == [(1, 3), (2, 3), (3, 3)]
+  stop = programs.on_compile(said.append)
+  try:
+    serve(slots, [([5] * 4, DecodingOptions()), ([5] * 19, DecodingOptions())])
+  finally:
+    stop()
+  assert said == []
+
+
+@pytest.mark.parametrize(
+  "options", [{"num_beams": 2}, {"beyond_context": "slide"}, {"num_return_sequences": 3}]
+)
+def test_what_slots_cannot_do_is_refused(options):
+  slots = Slots(make_generator(), 2, 40)
+  do_sample = {"do_sample": True} if "num_return_sequences" in options else {}
+  with pytest.raises(UserError):
+    slots.admit([1, 2], DecodingOptions(**options, **do_sample))
+  assert slots.num_free == 2
