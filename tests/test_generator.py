@@ -167,7 +167,7 @@ def test_the_pipeline_has_transformers_shape():
     ([[1]], {"top_kk": 3}, "top_k"),
     ([[1]], {"top_k": 3}, "no effect"),
     ([[1]], {"max_length": 5, "max_new_tokens": 5}, "one of them"),
-    ([[1]], {"prompt_lookup_num_tokens": 2}, "not built"),
+    ([[1]], {"draft_model": object()}, "draft_model is a object"),
     ([[1]], {"stop": "x"}, "tokenizer"),
     ("text", {}, "tokenizer"),
   ],

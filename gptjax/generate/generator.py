@@ -26,6 +26,7 @@ from gptjax.generate.options import (
 )
 from gptjax.generate.rules import make_rules, open_callbacks
 from gptjax.generate.sampling import Controls, Texts
+from gptjax.generate.speculation import Draft
 from gptjax.generate.stopping import Stops, StopStrings, count_undecided, cut_at_stop
 from gptjax.model.config import ModelConfig
 
@@ -57,6 +58,8 @@ class Generation:
     scores: float32 [rows] of beams: summed scores / length ** length_penalty; else None.
     top_tokens, top_logprobs: [rows, new, n], the likeliest at each place, if asked for.
     seed: of the draws; None where nothing was drawn.
+    num_rounds: int32 [rows] where tokens were guessed: how often the model read guesses of the row,
+      which it does once a token without.
   """
 
   prompts: list[list[int]]
@@ -69,6 +72,7 @@ class Generation:
   top_tokens: np.ndarray | None = None
   top_logprobs: np.ndarray | None = None
   seed: int | None = None
+  num_rounds: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +131,16 @@ class Generator:
         the vocabulary, or text without a tokenizer.
     """
     ids, options, lengths = self._read(prompts, options)
-    _refuse_speculation(options)
     copies = options.num_return_sequences
     seed = _seed(options)
     num_rows = len(ids) * max(copies, options.num_beams)
     with open_callbacks([options] * num_rows) as callbacks, _exact():
-      run = self._search_beams if options.num_beams > 1 else self._sample
+      run = {
+        "beams": self._search_beams,
+        "beam_sample": self._search_beams,
+        "lookup": self._speculate,
+        "draft": self._speculate,
+      }.get(strategy(options), self._sample)
       rows = run(ids, options, lengths, seed, callbacks)
     return self._answer(ids, rows, options, seed)
 
@@ -143,7 +151,11 @@ class Generator:
       UserError: as `generate`, and for strategies that know no text before their end.
     """
     ids, options, lengths = self._read(prompt, options)
-    _refuse_speculation(options)
+    if strategy(options) in ("lookup", "draft"):
+      raise ConfigError(
+        "streaming gives a token at a time, and speculation several; leave draft_model and"
+        " prompt_lookup_num_tokens out"
+      )
     if len(ids) > 1 or options.num_return_sequences > 1 or options.num_beams > 1:
       raise ConfigError("streaming gives one text of one prompt, without beams; leave them out")
     if options.beyond_context == "slide":
@@ -257,6 +269,37 @@ class Generator:
     while (np.asarray(texts.finish_R) == sampling.RUNNING).any():
       texts, cache = programs.step(self.weights, texts, cache, controls, self.config)
     return _Rows.of(jax.device_get(texts))
+
+  def _speculate(self, ids, options, lengths: Lengths, seed: int, callbacks) -> "_Rows":
+    draft = None
+    if options.draft_model is not None:
+      draft = self._check_draft(options.draft_model, max(lengths.limits))
+    texts, num_rounds_R = programs.speculate(
+      self.weights,
+      *self._set_up(ids, options, lengths, seed, callbacks),
+      draft,
+      options.prompt_lookup_num_tokens if draft is None else options.num_draft_tokens,
+      self.config,
+    )
+    return dataclasses.replace(
+      _Rows.of(jax.device_get(texts)), num_rounds_R=jax.device_get(num_rounds_R)
+    )
+
+  def _check_draft(self, draft: Any, longest: int) -> Draft:
+    if not isinstance(draft, Generator):
+      raise ConfigError(f"draft_model is a {type(draft).__name__}; it must be a Generator")
+    ours, its = self.config, draft.config
+    if its.vocab_size != ours.vocab_size:
+      raise ConfigError(
+        f"draft_model has {its.vocab_size} tokens and the model {ours.vocab_size}; take a draft"
+        " with the tokenizer of the model"
+      )
+    if longest > its.context_length:
+      raise ConfigError(
+        f"draft_model has a context of {its.context_length}, and a text may grow to {longest}"
+        " tokens; lower max_new_tokens, or take another draft"
+      )
+    return Draft(draft.weights, its)
 
   def _search_beams(self, ids, options, lengths: Lengths, seed: int, callbacks) -> "_Rows":
     num_prompts, num_beams = len(ids), options.num_beams
@@ -409,6 +452,7 @@ class Generator:
       top_tokens=top_tokens,
       top_logprobs=top_logprobs,
       seed=int(seed) if is_sampled(options) else None,
+      num_rounds=rows.num_rounds_R,
     )
 
   def _padding(self, options: DecodingOptions) -> int:
@@ -437,11 +481,12 @@ class _Rows:
   finish_R: np.ndarray
   logprobs_RS: np.ndarray
   scores_R: np.ndarray | None = None
+  num_rounds_R: np.ndarray | None = None
   alternatives: sampling.Alternatives | None = None
 
   @classmethod
   def of(cls, texts: Texts) -> "_Rows":
-    shared = {field.name for field in dataclasses.fields(cls)} - {"scores_R"}
+    shared = {field.name for field in dataclasses.fields(cls)} - {"scores_R", "num_rounds_R"}
     return cls(**{name: getattr(texts, name) for name in shared})
 
   @classmethod
@@ -508,11 +553,6 @@ class _Writer:
     keep = count_undecided(self._held, self._stops)
     shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
     return shown
-
-
-def _refuse_speculation(options: DecodingOptions) -> None:
-  if strategy(options) in ("lookup", "draft"):
-    raise ConfigError("speculative decoding is not built yet; leave its options out")
 
 
 def _check_ids(ids: list[list[int]], vocab_size: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gptjax.generate import sampling
+from gptjax.generate import sampling, speculation
 from gptjax.generate.beams import BeamPlan, Game, Ranking, search
 from gptjax.generate.beams import Texts as BeamTexts
 from gptjax.generate.branches import make_extend, plant
@@ -79,6 +79,25 @@ def sample(
   _report_texts(f"texts after prompts of {prompts_PL.shape[1]} slots", texts)
   texts, cache = sampling.start(weights, prompts_PL, texts, controls, config)
   return sampling.run(weights, texts, cache, controls, config)
+
+
+@functools.partial(jax.jit, static_argnames=("num_guesses", "config"))
+def speculate(
+  weights: PyTree,
+  prompts_PL: jax.Array,
+  texts: Texts,
+  controls: Controls,
+  draft: speculation.Draft | None,
+  num_guesses: int,
+  config: ModelConfig,
+) -> tuple[Texts, jax.Array]:
+  """What `sample` does, with guesses: `speculation.run`, compiled."""
+  guesser = "looked up" if draft is None else "drafted"
+  program = (
+    f"texts with {num_guesses} {guesser} guesses after prompts of {prompts_PL.shape[1]} slots"
+  )
+  _report_texts(program, texts)
+  return speculation.run(weights, prompts_PL, texts, controls, draft, num_guesses, config)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "num_new_slots", "config"))

@@ -156,15 +156,20 @@ def choose(
     hidden_RD: after the final norm, at the last token of each row.
   """
   logits_RV = lm_logits(weights, hidden_RD, config)
-  scores_RV = apply_rules(
-    logits_RV, texts.tokens_RS, texts.length_R, texts.prompt_length_R, controls.rules
-  )
-  if controls.sampling is None:
-    token_R = jnp.argmax(scores_RV, axis=-1).astype(jnp.int32)
-  else:
-    num_drawn_R = texts.length_R - texts.prompt_length_R
-    token_R = draw(warp(scores_RV, controls.sampling), texts.keys_R, num_drawn_R)
+  token_R = pick(score(logits_RV, texts, controls.rules), texts, controls.sampling)
   return append(texts, token_R, logits_RV, controls)
+
+
+def score(logits_RV: jax.Array, texts: Texts, rules: Rules) -> jax.Array:
+  """Applies the rules to the logits of each row's next token."""
+  return apply_rules(logits_RV, texts.tokens_RS, texts.length_R, texts.prompt_length_R, rules)
+
+
+def pick(scores_RV: jax.Array, texts: Texts, sampling: Sampling | None) -> jax.Array:
+  """Returns the next token of each row: the likeliest, or one that is drawn."""
+  if sampling is None:
+    return jnp.argmax(scores_RV, axis=-1).astype(jnp.int32)
+  return draw(warp(scores_RV, sampling), texts.keys_R, texts.length_R - texts.prompt_length_R)
 
 
 def append(texts: Texts, token_R: jax.Array, logits_RV: jax.Array, controls: Controls) -> Texts:
