@@ -92,11 +92,8 @@ def speculate(
   config: ModelConfig,
 ) -> tuple[Texts, jax.Array]:
   """What `sample` does, with guesses: `speculation.run`, compiled."""
-  guesser = "looked up" if draft is None else "drafted"
-  program = (
-    f"texts with {num_guesses} {guesser} guesses after prompts of {prompts_PL.shape[1]} slots"
-  )
-  _report_texts(program, texts)
+  guesses = f"{num_guesses} {'looked-up' if draft is None else 'drafted'} guesses"
+  _report_texts(f"texts with {guesses} after prompts of {prompts_PL.shape[1]} slots", texts)
   return speculation.run(weights, prompts_PL, texts, controls, draft, num_guesses, config)
 
 
