@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from importlib import metadata
 
 import pytest
 
@@ -13,6 +14,11 @@ os.environ["JAX_NUM_CPU_DEVICES"] = "8"
 # Compiling is most of the tests' time; tests of speed or memory switch this off. In the
 # environment, so that the processes that tests start compute the same bits.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# XLA's older way to compile fusions takes half the time. Later releases have it no more, and XLA
+# aborts on a flag it does not know.
+if metadata.version("jaxlib").startswith("0.10."):
+  flags = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
 
 import jax
 
