@@ -273,14 +273,18 @@ def test_attention_dropout_keeps_the_expectation():
 @pytest.mark.parametrize("window", [None, 50])
 @pytest.mark.parametrize("length", [200, 300])
 def test_blocks_of_queries_equal_the_whole_square(length, window):
-  keys = jax.random.split(jax.random.key(0), 3)
-  query, key, value = (jax.random.normal(k, (2, length, 2, 8)) for k in keys)
-  segment_ids_BL = jnp.repeat(jnp.arange(1, 3), jnp.array([150, length - 150]), axis=0)
-  segment_ids_BL = jnp.broadcast_to(segment_ids_BL[None, :], (2, length))
-  mask = causal_mask(range(length), range(length), window, segment_ids_BL)
-  whole = masked_attention(query, key, value, mask, 0.3)
-  blocks = causal_attention(
-    query, key, value, scale=0.3, window=window, segment_ids_BL=segment_ids_BL
+  query, key, value = draw_heads(2, length)
+  segment_ids_BL = np.tile(np.repeat([1, 2], [150, length - 150]), (2, 1))
+
+  @jax.jit
+  def whole_square(query, key, value):
+    mask = causal_mask(range(length), range(length), window, segment_ids_BL)
+    return masked_attention(query, key, value, mask, 0.3)
+
+  whole = whole_square(query, key, value)
+  attend = functools.partial(
+    causal_attention, scale=0.3, window=window, segment_ids_BL=segment_ids_BL
   )
+  blocks = jax.jit(attend)(query, key, value)
   # The same sums, over fewer masked zeros.
   np.testing.assert_allclose(blocks, whole, rtol=1e-5, atol=1e-6)
