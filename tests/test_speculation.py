@@ -87,7 +87,7 @@ RULES = {
     "frequency_penalty": 0.4,
     "presence_penalty": 0.2,
     "no_repeat_ngram_size": 2,
-    "bad_words_ids": [[9, 32], [53, 27]],
+    "bad_words_ids": [[60, 9], [24, 9]],
     "logit_bias": {9: 3.0},
     "suppress_tokens": [26],
     "begin_suppress_tokens": [9],
