@@ -101,7 +101,8 @@ def train_numbers(name):
   batch = make_batch(tokens).map(lambda x: x[:, None])
   optimizer, hyper = make_optimizer_config(name), make_hyper(name)
   step = make_train_step(LanguageModelObjective(config), optimizer)
-  state = init_state(jax.device_put(params), optimizer, hyper, jax.random.key(0))
+  init = jax.jit(lambda params, key: init_state(params, optimizer, hyper, key))
+  state = init(params, jax.random.key(0))
 
   @jax.jit
   def run(state, batch):

@@ -49,7 +49,13 @@ def serve(slots, requests, steps_between=2):
   return found
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt3"])
+# One family every day: that with local windows. The cached step of each is in test_sample.py.
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+  "family", ["gpt3", pytest.param("gpt2", marks=slow), pytest.param("gptj", marks=slow)]
+)
 def test_rows_in_company_are_what_they_are_alone(family):
   generator = make_generator(family)
   found = serve(Slots(generator, 3, 40), REQUESTS)
