@@ -1,5 +1,6 @@
 """What `import gptjax` gives: `load`, `pipeline`, `set_seed`, and the thin `Model`."""
 
+import dataclasses
 import functools
 import math
 import os
@@ -17,7 +18,7 @@ from gptjax.data.special_tokens import LISTS, ROLES
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import ConfigError, DataError, UserError, check_choice, did_you_mean
 from gptjax.generate.generator import Generation, Generator, Piece
-from gptjax.generate.options import is_sampled, parse_options
+from gptjax.generate.options import DecodingOptions, is_sampled, parse_options
 from gptjax.model import decoder
 from gptjax.model.config import ModelConfig
 from gptjax.model.heads import lm_logits
@@ -122,7 +123,7 @@ class Model:
     Args:
       prompts: a text, texts, or token ids, [B, L] or rows of any lengths.
       weights: "int8" keeps the matrices of the layers in a quarter of the bytes.
-      options: every field of `gptjax.generate.options.DecodingOptions`.
+      options: every field of `gptjax.generate.options.DecodingOptions`; draft_model is a Model.
 
     Raises:
       UserError: an unknown option, one without effect, or input that does not fit the model.
@@ -271,10 +272,12 @@ def set_seed(seed: int | None) -> None:
   _seeds = None if seed is None else np.random.default_rng(seed)
 
 
-def _parse(options: dict[str, Any]) -> Any:
+def _parse(options: dict[str, Any]) -> DecodingOptions:
   parsed = parse_options(options)
   if parsed.seed is None and _seeds is not None and is_sampled(parsed):
-    parsed = parse_options({**options, "seed": int(_seeds.integers(2**32))})
+    parsed = dataclasses.replace(parsed, seed=int(_seeds.integers(2**32)))
+  if isinstance(parsed.draft_model, Model):
+    parsed = dataclasses.replace(parsed, draft_model=parsed.draft_model.generator())
   return parsed
 
 

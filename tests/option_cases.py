@@ -30,7 +30,10 @@ CASES = {
   "length_penalty": (BEAMS, {"length_penalty": -2.0}),
   # how: end tokens must be likely, so that some beams end before others; compare over several
   # prompts, or take a bias of the end token between the margins of the model.
-  "early_stopping": (BEAMS | {"eos_token_id": 7, "logit_bias": {7: 2.0}}, {"early_stopping": True}),
+  "early_stopping": (
+    BEAMS | {"eos_token_id": 7, "logit_bias": {7: 4.0}, "length_penalty": 2.0},
+    {"early_stopping": True},
+  ),
   "num_return_sequences": (SAMPLED, {"num_return_sequences": 2}),
   "repetition_penalty": (ONLY_7, {"repetition_penalty": 1e6}),
   "frequency_penalty": (ONLY_7, {"frequency_penalty": 2000.0}),

@@ -5,20 +5,22 @@ import dataclasses
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from gptjax.api import Model, load
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, UserError
 from gptjax.generate import programs
-from gptjax.generate.options import DecodingOptions
+from gptjax.generate.generator import draw_seed
+from gptjax.generate.options import DecodingOptions, is_sampled, parse_options
 
 # Not for a command line: Python objects.
-_NOT_FLAGS = ("allowed_tokens", "attention_mask", "draft_model")
+_NOT_FLAGS = ("allowed_tokens", "attention_mask")
 # A text by itself, or a JSON list of them; "5" is a text too.
-_TEXTS = ("stop", "bad_words")
+_TEXTS = ("stop", "bad_words", "draft_model")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -67,8 +69,14 @@ def generate(options: argparse.Namespace) -> None:
     raise ConfigError("--stream prints the text of one prompt; leave out --json and other prompts")
   if not prompts and options.json:
     raise ConfigError("--json needs a --prompt or a --prompt-file")
+  parsed = parse_options(decoding)
+  if is_sampled(parsed):
+    decoding["seed"] = int(draw_seed(parsed))
+    print(f"seed {decoding['seed']}", file=sys.stderr)
   enable_compilation_cache()
   model = load(options.model)
+  if parsed.draft_model is not None:
+    decoding["draft_model"] = load(parsed.draft_model)
   stop_listening = programs.on_compile(lambda line: print(line, file=sys.stderr, flush=True))
   try:
     if not prompts:
@@ -89,6 +97,7 @@ def enable_compilation_cache() -> None:
   folder = Path(home, "gptjax", "programs")
   try:
     folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
   except OSError as error:
     print(f"compiled programs are not kept: {error}", file=sys.stderr)
     return
@@ -109,8 +118,6 @@ def _read_lines(path: str) -> list[str]:
 def _print(model: Model, prompts: list[str], decoding: dict, options: argparse.Namespace) -> None:
   out = model.generate(prompts, weights=options.weights, **decoding)
   copies = len(out.finish_reasons) // len(prompts)
-  if out.seed is not None:
-    print(f"seed {out.seed}", file=sys.stderr)
   if options.json:
     print(json.dumps(_as_json(out, prompts)))
     return
@@ -159,5 +166,11 @@ def _interact(model: Model, decoding: dict, weights: str) -> None:
     line = sys.stdin.readline()
     if not line:
       return
-    if line.strip():
+    if not line.strip():
+      continue
+    try:
       _stream(model, line.rstrip("\n"), decoding, weights)
+    except UserError as error:
+      if not is_terminal:
+        raise
+      print(f"gptjax: {error}", file=sys.stderr)

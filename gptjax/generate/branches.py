@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from gptjax.generate.cache import run_blocks
 from gptjax.model import positions
 from gptjax.model.attention import MASKED
-from gptjax.model.block import Layer, attention_scale, block
+from gptjax.model.block import attention_scale
 from gptjax.model.config import ModelConfig
-from gptjax.model.decoder import embed, final_norm
 
 
 @struct.dataclass
@@ -126,12 +126,5 @@ def _grow(
 
     return mix
 
-  x_TD = embed(weights["decoder"], token_BW, place_BW, config)
-  kept = []
-  for index, layer_params in enumerate(weights["layers"]):
-    kind = config.attention_pattern[index % len(config.attention_pattern)]
-    x_TD, pair = block(layer_params, x_TD, config, mixer(index), Layer(kind, index))
-    kept.append(pair)
-  keys, values = zip(*kept)
-  hidden_BWD = final_norm(weights["decoder"], x_TD, config).reshape(*token_BW.shape, -1)
-  return hidden_BWD, tree.replace(keys=keys, values=values)
+  hidden_BWD, cache = run_blocks(weights, token_BW, place_BW, mixer, config)
+  return hidden_BWD, tree.replace(keys=cache.keys, values=cache.values)

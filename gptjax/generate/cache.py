@@ -61,7 +61,7 @@ def prefill(
     kept = tuple(jnp.pad(jnp.swapaxes(x, 1, 2), room) for x in (key, value))
     return mixed.reshape(-1, config.attention_dim), kept
 
-  return _run(weights, tokens_RL, positions_RL, lambda index: mix, config)
+  return run_blocks(weights, tokens_RL, positions_RL, lambda index: mix, config)
 
 
 def extend(
@@ -110,7 +110,7 @@ def extend(
 
     return mix
 
-  return _run(weights, tokens_RQ, positions_RQ, mixer, config)
+  return run_blocks(weights, tokens_RQ, positions_RQ, mixer, config)
 
 
 def _attend(query_RHQK, keys_RHMK, values_RHMK, is_seen_RQM) -> jax.Array:
@@ -121,10 +121,18 @@ def _attend(query_RHQK, keys_RHMK, values_RHMK, is_seen_RQM) -> jax.Array:
   return jnp.einsum("rhqm,rhmk->rhqk", weights_RHQM.astype(values_RHMK.dtype), values_RHMK)
 
 
-def _run(
+def run_blocks(
   weights: PyTree, tokens_RL, positions_RL, mixer, config: ModelConfig
 ) -> tuple[jax.Array, Cache]:
-  """Runs embeddings, blocks and final norm; each layer's mixer keeps its keys and values."""
+  """Runs embeddings, blocks and final norm.
+
+  Args:
+    tokens_RL, positions_RL: int32, what is read and where in its text it stands.
+    mixer: index of a layer -> its attention, a `Mixer` that keeps (keys, values).
+
+  Returns:
+    (hidden states [R, L, D], what the mixers kept).
+  """
   x_TD = embed(weights["decoder"], tokens_RL, positions_RL, config)
   kept = []
   for index, layer_params in enumerate(weights["layers"]):

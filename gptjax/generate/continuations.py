@@ -91,7 +91,7 @@ class Continuations:
     Raises:
       UserError: an empty prompt, one that fills the context, or ids outside the vocabulary.
     """
-    [ids], _, _ = self._generator._read([prompt], DecodingOptions(max_new_tokens=1))
+    [ids], _, _ = self._generator.read([prompt], DecodingOptions(max_new_tokens=1))
     same = _common(self._ids, ids)
     if ids == self._ids:
       return 0
@@ -218,7 +218,7 @@ class Continuations:
     return [self._answer(tokens, logprobs) for tokens, logprobs in rows]
 
   def _answer(self, tokens: list[int], logprobs: list[float]) -> Continuation:
-    ends = self._generator._end_ids
+    ends = self._generator.end_ids
     last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
     text = None
     if self._generator.tokenizer is not None:
@@ -237,7 +237,7 @@ def _common(old: list[int], new: list[int]) -> int:
 
 @functools.partial(jax.jit, static_argnames="config")
 def _read(weights: PyTree, prompt_1M: jax.Array, config: ModelConfig) -> tuple[jax.Array, Cache]:
-  programs._report("reading a prompt", slots=prompt_1M.shape[1])
+  programs.report("reading a prompt", slots=prompt_1M.shape[1])
   return prefill(weights, prompt_1M, prompt_1M.shape[1], config)
 
 
@@ -251,7 +251,7 @@ def _read_on(
   config: ModelConfig,
 ) -> tuple[jax.Array, Cache]:
   """Reads what is new from `position` on; padding beyond the slots is lost."""
-  programs._report("reading on", tokens=new_1Q.shape[1], slots=hidden_1MD.shape[1])
+  programs.report("reading on", tokens=new_1Q.shape[1], slots=hidden_1MD.shape[1])
   hidden_1QD, cache = extend(weights, new_1Q, position[None], cache, config)
   places_Q = position + jnp.arange(new_1Q.shape[1])
   return hidden_1MD.at[:, places_Q].set(hidden_1QD, mode="drop"), cache
@@ -275,7 +275,7 @@ def _first(
 ) -> tuple[Tree, jax.Array, jax.Array]:
   """Returns (the tree with room for num_tokens each, tokens_NT, logprobs_NT) of first tokens."""
   num_slots = hidden_1MD.shape[1]
-  programs._report("first tokens", continuations=n, tokens=num_tokens, slots=num_slots)
+  programs.report("first tokens", continuations=n, tokens=num_tokens, slots=num_slots)
   log_probs_V = jax.nn.log_softmax(lm_logits(weights, hidden_1MD[0, length - 1], config))
   logprob_N, token_N = jax.lax.top_k(log_probs_V, n)
   _, cache = _make_room(hidden_1MD, cache, n * num_tokens)
@@ -316,7 +316,7 @@ def _go_on(
   config: ModelConfig,
 ) -> tuple[Tree, jax.Array, jax.Array]:
   """Decodes every continuation from num_new tokens to `total`."""
-  programs._report("continuations", rows=len(tokens_NT), tokens=tokens_NT.shape[1])
+  programs.report("continuations", rows=len(tokens_NT), tokens=tokens_NT.shape[1])
   grow = make_extend(
     weights, lambda x: lm_logits(weights, x, config), length[None], num_prompt_slots, config
   )

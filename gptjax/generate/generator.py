@@ -24,7 +24,7 @@ from gptjax.generate.options import (
   remove_padding,
   strategy,
 )
-from gptjax.generate.rules import make_rules, open_callbacks
+from gptjax.generate.rules import make_rules, open_callbacks, pad_lists
 from gptjax.generate.sampling import Controls, Texts
 from gptjax.generate.speculation import Draft
 from gptjax.generate.stopping import Stops, StopStrings, count_undecided, cut_at_stop
@@ -116,7 +116,7 @@ class Generator:
     self.config = config
     self.tokenizer = tokenizer
     self.weights = prepare(params, config, weights)
-    self._end_ids = tuple(end_ids)
+    self.end_ids = tuple(end_ids)
     self._pad_id = pad_id
 
   def generate(self, prompts: Any, options: DecodingOptions) -> Generation:
@@ -130,9 +130,9 @@ class Generator:
       UserError: options that do not fit, an empty prompt, one longer than the context, ids outside
         the vocabulary, or text without a tokenizer.
     """
-    ids, options, lengths = self._read(prompts, options)
+    ids, options, lengths = self.read(prompts, options)
     copies = options.num_return_sequences
-    seed = _seed(options)
+    seed = draw_seed(options)
     num_rows = len(ids) * max(copies, options.num_beams)
     with open_callbacks([options] * num_rows) as callbacks, _exact():
       run = {
@@ -150,7 +150,7 @@ class Generator:
     Raises:
       UserError: as `generate`, and for strategies that know no text before their end.
     """
-    ids, options, lengths = self._read(prompt, options)
+    ids, options, lengths = self.read(prompt, options)
     if strategy(options) in ("lookup", "draft"):
       raise ConfigError(
         "streaming gives a token at a time, and speculation several; leave draft_model and"
@@ -163,9 +163,12 @@ class Generator:
     return self._stream(ids, options, lengths)
 
   def _stream(self, ids, options: DecodingOptions, lengths: Lengths) -> Iterator[Piece]:
-    with open_callbacks([options]) as callbacks, _exact():
-      prompts_PL, texts, controls = self._set_up(ids, options, lengths, _seed(options), callbacks)
-      texts, cache = programs.start(self.weights, prompts_PL, texts, controls, self.config)
+    with open_callbacks([options]) as callbacks:
+      seed = draw_seed(options)
+      prompts_PL, texts, controls = self._set_up(ids, options, lengths, seed, callbacks)
+      # The precision is set call by call: between two pieces the caller has its own.
+      with _exact():
+        texts, cache = programs.start(self.weights, prompts_PL, texts, controls, self.config)
       writer = _Writer(self.tokenizer, options.stop)
       while True:
         length, finish = int(texts.length_R[0]), int(texts.finish_R[0])
@@ -178,15 +181,16 @@ class Generator:
         yield Piece(text, token, logprob, reason)
         if reason:
           return
-        texts, cache = programs.step(self.weights, texts, cache, controls, self.config)
+        with _exact():
+          texts, cache = programs.step(self.weights, texts, cache, controls, self.config)
 
-  def _read(self, prompts: Any, options: DecodingOptions):
-    """Returns (ids of each prompt, options with nothing left to look up, lengths)."""
+  def read(self, prompts: Any, options: DecodingOptions):
+    """Checks what was given; returns (ids of each prompt, options all looked up, lengths)."""
     ids = self._encode(prompts)
     if options.attention_mask is not None:
       ids = remove_padding(ids, options)
     if options.eos_token_id is None:
-      options = dataclasses.replace(options, eos_token_id=self._end_ids)
+      options = dataclasses.replace(options, eos_token_id=self.end_ids)
     options = encode_bad_words(options, self.tokenizer)
     prompt_lengths = [len(row) for row in ids]
     check_options(options, self.config, prompt_lengths, options.eos_token_id)
@@ -223,7 +227,7 @@ class Generator:
     return array.tolist()
 
   def _set_up(
-    self, ids, options, lengths: Lengths, seed: int, callbacks, num_drawn: int = 0
+    self, ids, options, lengths: Lengths, seed: int, callbacks, prompt_R=None
   ) -> tuple[np.ndarray, Texts, Controls]:
     """Makes what the programs of greedy search and sampling take."""
     copies = options.num_return_sequences
@@ -248,11 +252,11 @@ class Generator:
         model_end_id=None,
         min_length_R=np.repeat(lengths.min_lengths, copies),
         limit_R=limit_R,
-        prompt_R=np.repeat(np.arange(len(ids)), copies),
+        prompt_R=np.repeat(np.arange(len(ids)), copies) if prompt_R is None else prompt_R,
         callback_R=callbacks,
       ),
       sampling=self._sampling(options, num_rows),
-      end_RE=_end_rows(options, num_rows),
+      end_RE=pad_lists([options.eos_token_id] * num_rows),
       stops=stops,
     )
     return prompts_PL, texts, controls
@@ -261,14 +265,16 @@ class Generator:
     if max(lengths.limits) > self.config.context_length:
       return self._slide(ids, options, lengths, seed, callbacks)
     prompts_PL, texts, controls = self._set_up(ids, options, lengths, seed, callbacks)
-    if callbacks is None:
-      texts = programs.sample(self.weights, prompts_PL, texts, controls, self.config)
-      return _Rows.of(jax.device_get(texts))
+    return _Rows.of(jax.device_get(self._run(prompts_PL, texts, controls)))
+
+  def _run(self, prompts_PL: np.ndarray, texts: Texts, controls: Controls) -> Texts:
+    if controls.rules.callback_R is None:
+      return programs.sample(self.weights, prompts_PL, texts, controls, self.config)
     # One dispatch a token: callbacks within a long loop on the device have been seen to hang.
     texts, cache = programs.start(self.weights, prompts_PL, texts, controls, self.config)
     while (np.asarray(texts.finish_R) == sampling.RUNNING).any():
       texts, cache = programs.step(self.weights, texts, cache, controls, self.config)
-    return _Rows.of(jax.device_get(texts))
+    return texts
 
   def _speculate(self, ids, options, lengths: Lengths, seed: int, callbacks) -> "_Rows":
     draft = None
@@ -287,7 +293,7 @@ class Generator:
 
   def _check_draft(self, draft: Any, longest: int) -> Draft:
     if not isinstance(draft, Generator):
-      raise ConfigError(f"draft_model is a {type(draft).__name__}; it must be a Generator")
+      raise ConfigError(f"draft_model is a {type(draft).__name__}; give a model, or its Generator")
     ours, its = self.config, draft.config
     if its.vocab_size != ours.vocab_size:
       raise ConfigError(
@@ -319,7 +325,7 @@ class Generator:
         num_beams=num_beams,
       ),
       sampling=self._sampling(options, num_rows),
-      end_RE=_end_rows(options, num_prompts),
+      end_RE=pad_lists([options.eos_token_id] * num_prompts),
       stops=stops,
     )
     beams = programs.search_beams(
@@ -359,6 +365,8 @@ class Generator:
   def _slide(self, ids, options, lengths: Lengths, seed: int, callbacks) -> "_Rows":
     """Generates beyond the context: whenever it is full, the last half of it is kept.
 
+    Rules on earlier tokens see the window; penalties count what is new in it.
+
     Each row goes by itself, since rows of unlike lengths slide at unlike places.
     """
     copies = options.num_return_sequences
@@ -380,11 +388,14 @@ class Generator:
       window = whole.tokens_RS[0, max(0, total - (context if total < context else context // 2)) :]
       offset = total - len(window)
       part = Lengths((max(0, min_length - offset),), (min(limit - offset, context),))
-      prompts_PL, texts, controls = self._set_up([window.tolist()], single, part, seed, callback)
+      here = _within_text(single, is_first=offset == 0, is_last=offset + part.limits[0] == limit)
+      prompts_PL, texts, controls = self._set_up(
+        [window.tolist()], here, part, seed, callback, [prompt]
+      )
       stop_state = texts.stop_state_RZ if stop_state is None else stop_state
       keys = key_R if offset == 0 else jax.vmap(jax.random.fold_in, (0, None))(key_R, total)
       texts = texts.replace(keys_R=keys, stop_state_RZ=stop_state)
-      texts = programs.sample(self.weights, prompts_PL, texts, controls, self.config)
+      texts = self._run(prompts_PL, texts, controls)
       stop_state = texts.stop_state_RZ
       whole = whole.join(_Rows.of(jax.device_get(texts)))
       total = int(whole.length_R[0])
@@ -400,10 +411,11 @@ class Generator:
       return None, None
     if self.tokenizer is None:
       raise ConfigError("stop needs a tokenizer, and the model has none; use eos_token_id")
-    return self._stop_strings.make([options.stop] * len(prompt_R), [ids[i] for i in prompt_R])
+    return self.stop_strings.make([options.stop] * len(prompt_R), [ids[i] for i in prompt_R])
 
   @functools.cached_property
-  def _stop_strings(self) -> StopStrings:
+  def stop_strings(self) -> StopStrings:
+    """Makes stop texts; needs the tokenizer."""
     return StopStrings(self.tokenizer, self.config.vocab_size)
 
   def _sampling(self, options: DecodingOptions, num_rows: int) -> Sampling | None:
@@ -565,8 +577,16 @@ def _check_ids(ids: list[list[int]], vocab_size: int) -> None:
       )
 
 
-def _seed(options: DecodingOptions) -> np.uint32:
+def draw_seed(options: DecodingOptions) -> np.uint32:
+  """Returns the options' seed, or a fresh one."""
   return np.uint32(secrets.randbits(32) if options.seed is None else options.seed)
+
+
+def _within_text(options: DecodingOptions, *, is_first: bool, is_last: bool) -> DecodingOptions:
+  """Leaves out, for a window of a text, what belongs to the text's beginning or end."""
+  if not is_first:
+    options = dataclasses.replace(options, forced_bos_token_id=None, begin_suppress_tokens=())
+  return options if is_last else dataclasses.replace(options, forced_eos_token_id=())
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -580,13 +600,3 @@ def _row_keys(seed: int, num_prompts: int, copies: int) -> jax.Array:
 @functools.partial(jax.jit, static_argnums=1)
 def _prompt_keys(seed: int, num_prompts: int) -> jax.Array:
   return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(num_prompts))
-
-
-def _end_rows(options: DecodingOptions, num_rows: int) -> np.ndarray | None:
-  """Returns int32 [R, E], padded with -1 to a power of two, or None."""
-  ends = options.eos_token_id
-  if not ends:
-    return None
-  padded = np.full(1 << (len(ends) - 1).bit_length(), -1, np.int32)
-  padded[: len(ends)] = ends
-  return np.tile(padded, (num_rows, 1))

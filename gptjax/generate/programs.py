@@ -41,16 +41,17 @@ def on_compile(listener: Callable[[str], None]) -> Callable[[], None]:
   return lambda: _listeners.remove(listener)
 
 
-def _report(program: str, **sizes: int) -> None:
-  """Runs while a program is traced, which is once for each size."""
+def report(program: str, **sizes: int) -> None:
+  """Tells the listeners; called while a program is traced, which is once for each size."""
   said = ", ".join(f"{size} {name.replace('_', ' ')}" for name, size in sizes.items())
   for listener in list(_listeners):
     listener(f"compiling {program} for {said}")
 
 
-def _report_texts(program: str, texts: Texts) -> None:
+def report_texts(program: str, texts: Texts) -> None:
+  """Tells the listeners of a program over rows."""
   rows, slots = texts.tokens_RS.shape
-  _report(program, rows=rows, slots=slots)
+  report(program, rows=rows, slots=slots)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -58,7 +59,7 @@ def start(
   weights: PyTree, prompts_PL: jax.Array, texts: Texts, controls: Controls, config: ModelConfig
 ) -> tuple[Texts, Cache]:
   """`sampling.start`, compiled."""
-  _report_texts(f"the first token after prompts of {prompts_PL.shape[1]} slots", texts)
+  report_texts(f"the first token after prompts of {prompts_PL.shape[1]} slots", texts)
   return sampling.start(weights, prompts_PL, texts, controls, config)
 
 
@@ -67,7 +68,7 @@ def step(
   weights: PyTree, texts: Texts, cache: Cache, controls: Controls, config: ModelConfig
 ) -> tuple[Texts, Cache]:
   """`sampling.step`, compiled; texts and cache are donated."""
-  _report_texts("one more token", texts)
+  report_texts("one more token", texts)
   return sampling.step(weights, texts, cache, controls, config)
 
 
@@ -76,7 +77,7 @@ def sample(
   weights: PyTree, prompts_PL: jax.Array, texts: Texts, controls: Controls, config: ModelConfig
 ) -> Texts:
   """Greedy search or sampling from the prompts to the end of all rows."""
-  _report_texts(f"texts after prompts of {prompts_PL.shape[1]} slots", texts)
+  report_texts(f"texts after prompts of {prompts_PL.shape[1]} slots", texts)
   texts, cache = sampling.start(weights, prompts_PL, texts, controls, config)
   return sampling.run(weights, texts, cache, controls, config)
 
@@ -93,7 +94,7 @@ def speculate(
 ) -> tuple[Texts, jax.Array]:
   """What `sample` does, with guesses: `speculation.run`, compiled."""
   guesses = f"{num_guesses} {'looked-up' if draft is None else 'drafted'} guesses"
-  _report_texts(f"texts with {guesses} after prompts of {prompts_PL.shape[1]} slots", texts)
+  report_texts(f"texts with {guesses} after prompts of {prompts_PL.shape[1]} slots", texts)
   return speculation.run(weights, prompts_PL, texts, controls, draft, num_guesses, config)
 
 
@@ -117,7 +118,7 @@ def search_beams(
     num_new_slots: at least the largest of max_new_B.
   """
   (num_prompts, num_prompt_slots), num_beams = prompts_BL.shape, plan.num_beams
-  _report("a beam search", prompts=num_prompts, beams=num_beams, slots=num_prompt_slots)
+  report("a beam search", prompts=num_prompts, beams=num_beams, slots=num_prompt_slots)
   prompt_length_R = jnp.repeat(prompt_length_B, num_beams)
 
   def process(log_probs_RV, tokens_RS, length_R):
@@ -154,7 +155,7 @@ def find_alternatives(
   weights: PyTree, tokens_RS: jax.Array, num_alternatives: int, config: ModelConfig
 ) -> sampling.Alternatives:
   """Scores whole texts: the likeliest tokens at every place, the first excepted (zeros)."""
-  _report("the alternatives", rows=tokens_RS.shape[0], slots=tokens_RS.shape[1])
+  report("the alternatives", rows=tokens_RS.shape[0], slots=tokens_RS.shape[1])
 
   def score(tokens_S):
     hidden_1SD, _ = prefill(weights, tokens_S[None], len(tokens_S), config)

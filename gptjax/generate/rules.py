@@ -83,7 +83,7 @@ def make_rules(
     num_beams: rows of one search.
   """
   ends = [end_ids(options, model_end_id) for options in row_options]
-  forced_last_RE = _lists(options.forced_eos_token_id for options in row_options)
+  forced_last_RE = pad_lists(options.forced_eos_token_id for options in row_options)
   # The lengths belong to their rules: without end tokens, or a minimum, there is none.
   has_minimum = any(end and minimum for end, minimum in zip(ends, min_length_R, strict=True))
   bias = [options.logit_bias for options in row_options]
@@ -95,21 +95,21 @@ def make_rules(
 
   return Rules(
     biased_RNW=_runs([[ids for ids, _ in row] for row in bias]),
-    bias_RN=_lists(([weight for _, weight in row] for row in bias), 0.0, np.float32),
+    bias_RN=pad_lists(([weight for _, weight in row] for row in bias), 0.0, np.float32),
     repetition_R=values("repetition_penalty", 1.0, np.float32),
     frequency_R=values("frequency_penalty", 0.0, np.float32),
     presence_R=values("presence_penalty", 0.0, np.float32),
     ngram_R=values("no_repeat_ngram_size", 0, np.int32),
     bad_RNW=_runs([options.bad_words_ids for options in row_options]),
-    end_RE=_lists(ends) if has_minimum else None,
+    end_RE=pad_lists(ends) if has_minimum else None,
     min_length_R=np.asarray(min_length_R, np.int32) if has_minimum else None,
     callback_R=callback_R,
     prompt_R=None if callback_R is None else numbers.astype(np.int32),
     forced_first_R=_values([-1 if token is None else token for token in first], -1, np.int32),
     forced_last_RE=forced_last_RE,
     limit_R=None if forced_last_RE is None else np.asarray(limit_R, np.int32),
-    suppressed_RN=_lists(options.suppress_tokens for options in row_options),
-    suppressed_first_RN=_lists(options.begin_suppress_tokens for options in row_options),
+    suppressed_RN=pad_lists(options.suppress_tokens for options in row_options),
+    suppressed_first_RN=pad_lists(options.begin_suppress_tokens for options in row_options),
     num_beams=num_beams,
   )
 
@@ -122,7 +122,10 @@ def _width(sizes: Iterable[int]) -> int:
   return 1 << max(0, max(sizes) - 1).bit_length()
 
 
-def _lists(rows: Iterable[Sequence], pad: float = -1, dtype: type = np.int32) -> np.ndarray | None:
+def pad_lists(
+  rows: Iterable[Sequence], pad: float = -1, dtype: type = np.int32
+) -> np.ndarray | None:
+  """Packs lists at the left of [R, N], N a power of two; None where all are empty."""
   rows = list(rows)
   if not any(rows):
     return None

@@ -20,9 +20,9 @@ from gptjax.errors import ConfigError
 from gptjax.generate import programs, sampling
 from gptjax.generate.cache import Cache, prefill
 from gptjax.generate.candidates import Sampling, make_sampling
-from gptjax.generate.generator import Generator
+from gptjax.generate.generator import Generator, draw_seed
 from gptjax.generate.options import DecodingOptions, is_sampled, strategy
-from gptjax.generate.rules import Rules, make_rules
+from gptjax.generate.rules import Rules, make_rules, pad_lists
 from gptjax.generate.sampling import Alternatives, Controls, Texts
 from gptjax.generate.stopping import Stops
 from gptjax.model.config import ModelConfig
@@ -131,7 +131,7 @@ class Slots:
       UserError: as `Generator.generate`, a strategy that slots do not have, or too few free slots.
     """
     _check_strategy(options)
-    [ids], options, lengths = self._generator._read([prompt], options)
+    [ids], options, lengths = self._generator.read([prompt], options)
     [min_length], [limit] = lengths.min_lengths, lengths.limits
     if limit > self.num_positions:
       raise ConfigError(
@@ -226,12 +226,11 @@ class Slots:
     tokens_CS[:, : len(ids)] = ids
     self._grow_alternatives(options.top_logprobs)
     alternatives = self._texts.alternatives
-    seed = self._generator_seed(options)
     rows = sampling.new_texts(
       tokens_CS,
       np.full(copies, len(ids), np.int32),
       np.full(copies, limit, np.int32),
-      _keys(seed, prompt_index, copies),
+      _keys(draw_seed(options), prompt_index, copies),
       None if stop_state_1Z is None else np.repeat(stop_state_1Z, copies, axis=0),
       0 if alternatives is None else alternatives.ids_RSX.shape[2],
     )
@@ -242,11 +241,6 @@ class Slots:
       self._texts, self._cache = _admit(
         self._generator.weights, prompt_1L, rows, slot_C, self._texts, self._cache, self._config
       )
-
-  @staticmethod
-  def _generator_seed(options: DecodingOptions) -> np.uint32:
-    drawn = np.random.SeedSequence().generate_state(1)[0]
-    return np.uint32(drawn if options.seed is None else options.seed)
 
   def _grow_alternatives(self, count: int) -> None:
     old = self._texts.alternatives
@@ -274,7 +268,7 @@ class Slots:
         strings[free[0]] = text
       else:
         strings += [text, *[""] * len(strings)]
-    stops, state_1Z = self._generator._stop_strings.make([stop], [ids], strings)
+    stops, state_1Z = self._generator.stop_strings.make([stop], [ids], strings)
     if strings != self._strings or self._stops is None:
       self._strings = strings
       self._stops = jax.device_put(_keep_states(stops, self._stops))
@@ -302,12 +296,6 @@ class Slots:
       min_length_R=[row.min_length for row in rows],
       limit_R=[row.limit for row in rows],
     )
-    ends = [row.eos_token_id for row in options]
-    end_RE = None
-    if any(ends):
-      end_RE = np.full((len(ends), 1 << (max(map(len, ends)) - 1).bit_length()), -1, np.int32)
-      for line, row in zip(end_RE, ends):
-        line[: len(row)] = row
     stops = self._stops
     if stops is not None:
       active_RZ = np.array([[text in row.stop for text in self._strings] for row in options])
@@ -316,7 +304,7 @@ class Slots:
     return Controls(
       rules=self._widen(rules),
       sampling=self._sampling(options),
-      end_RE=self._keep_size("ends", end_RE),
+      end_RE=self._keep_size("ends", pad_lists(row.eos_token_id for row in options)),
       stops=stops,
     )
 
@@ -382,7 +370,7 @@ def _admit(
 ) -> tuple[Texts, Cache]:
   """Reads a prompt and writes its rows over what was in their slots."""
   length = prompt_1L.shape[1]
-  programs._report("reading into slots", texts=len(slot_C), slots=length)
+  programs.report("reading into slots", texts=len(slot_C), slots=length)
   _, read = prefill(weights, prompt_1L, length, config)
   cache = jax.tree.map(
     lambda whole, part: whole.at[slot_C, :, :length].set(part, mode="drop"), cache, read
@@ -396,7 +384,7 @@ def _step(
   weights: PyTree, texts: Texts, cache: Cache, controls: Controls, config: ModelConfig
 ) -> tuple[Texts, Cache, tuple]:
   """Returns (texts, cache, (token_R, logprob_R, finish_R, (ids_RX, logprobs_RX) or None))."""
-  programs._report_texts("a step of slots", texts)
+  programs.report_texts("a step of slots", texts)
   texts, cache = sampling.step(weights, texts, cache, controls, config)
   last = jnp.arange(len(texts.length_R)), texts.length_R - 1
   alternatives = texts.alternatives
