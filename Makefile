@@ -89,6 +89,7 @@ ci: lint test test-slow test-hf smoke  ## all that .ci/run runs
 bench: $(INSTALLED)  ## measurements beside the peers'; PyTorch twins run where it is installed
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.time_to_loss
+	$(BIN)/python -m benchmarks.decode
 
 prove-resume: $(INSTALLED)  ## show that killed runs and other device layouts give the same losses
 	$(BIN)/python -m benchmarks.prove_resume

@@ -48,6 +48,16 @@ def run_benchmark(name, *arguments):
   return json.loads(done.stdout.splitlines()[-1]), done.returncode
 
 
+@pytest.mark.slow
+def test_decode_runs_every_case():
+  result, status = run_benchmark("decode", "--quick")
+  assert status == 0
+  sides = [set(case) for case in result["seconds"].values()]
+  assert len(sides) == 3 and all("gptjax" in case for case in sides)
+  figures = [case["gptjax"]["all_tokens"]["median"] for case in result["seconds"].values()]
+  assert all(figure > 0 for figure in figures)
+
+
 def test_summary_and_ratio_are_of_medians():
   ours, twin = common.summarize([4.0, 1.0, 2.0]), common.summarize([4.0, 9.0])
   assert ours == common.Figure(median=2.0, minimum=1.0, rounds=3)

@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gptjax.checkpoint.doctor import TEXT, Diagnosis, examine
 from gptjax.checkpoint.models import Loaded, load_model
 from gptjax.errors import DataError
+from gptjax.generate.generator import Generator
+from gptjax.generate.invariance import TOLERANCE, certify
 
 _TEXT_CHARACTERS = 100_000  # more than the doctor reads
 
@@ -35,6 +39,31 @@ def doctor(name: str, text_file: str | None, against: str | None, as_json: bool)
   else:
     print(_to_table(diagnosis))
   return int(diagnosis.is_faulty)
+
+
+def certify_invariance(name: str, as_json: bool) -> int:
+  """Prints the certificate of invariance of a model, and returns 1 where a check fails, else 0."""
+  model = load_model(name)
+  generator = Generator(model.params, model.config, model.tokenizer)
+  draw, longest = np.random.default_rng(0), max(2, model.config.context_length // 4)
+  sizes = sorted({2, longest // 2 + 1, min(longest, 100)})
+  prompts = [draw.integers(0, model.config.vocab_size, size).tolist() for size in sizes]
+  checks = certify(generator, prompts if len(prompts) > 1 else prompts * 2)
+  is_passed = all(check.is_passed for check in checks)
+  if as_json:
+    facts = {"is_invariant": is_passed, "tolerance": TOLERANCE}
+    print(json.dumps(facts | {"checks": [dataclasses.asdict(check) for check in checks]}))
+    return int(not is_passed)
+  for check in checks:
+    parted = f", {check.num_parted} texts part at a toss-up" if check.num_parted else ""
+    verdict = "equal" if check.is_passed else "NOT EQUAL"
+    print(
+      f"{check.name:<40}{verdict:<11}{check.num_places} tokens, largest difference"
+      f" {check.difference:.1e} nats{parted}"
+    )
+  verdict = "does not depend on any of these" if is_passed else "depends on what it must not"
+  print(f"\nverdict: generated text {verdict} (float32, to {TOLERANCE:.0e} nats)")
+  return int(not is_passed)
 
 
 def _text_ids(model: Loaded, text_file: str | None) -> list[int] | None:

@@ -130,6 +130,9 @@ def _make_parser(
   _add_model(doctor)
   doctor.add_argument("--text", help="file the model should find likely; default: plain English")
   doctor.add_argument("--against", help="the same model from elsewhere, for the reference to run")
+  doctor.add_argument(
+    "--invariance", action="store_true", help="instead, what must not change a generated text"
+  )
   doctor.add_argument("--json", action="store_true", help="print one JSON object")
   return parser, dict(subparsers.choices)
 
@@ -194,6 +197,11 @@ def _convert(options: argparse.Namespace) -> None:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-  from gptjax.cli.doctor import doctor
+  from gptjax.cli.doctor import certify_invariance, doctor
 
+  if options.invariance:
+    for flag in ("text", "against"):
+      if getattr(options, flag):
+        raise ConfigError(f"--{flag} has no effect with --invariance; leave one of them out")
+    return certify_invariance(options.model, options.json)
   return doctor(options.model, options.text, options.against, options.json)

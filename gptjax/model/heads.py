@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gptjax.model.config import ModelConfig
+from gptjax.model.products import multiply_transposed
 
 
 def lm_head(params: Any, config: ModelConfig) -> tuple[jax.Array, jax.Array | None]:
@@ -25,12 +26,7 @@ def lm_logits(params: Any, hidden_BLD: jax.Array, config: ModelConfig) -> jax.Ar
   """
   kernel_VD, bias_V = lm_head(params, config)
   hidden_TD = hidden_BLD.reshape(-1, config.model_dim)
-  logits_TV = jnp.einsum(
-    "td,vd->tv",
-    hidden_TD,
-    kernel_VD.astype(hidden_TD.dtype),
-    preferred_element_type=jnp.float32,
-  )
+  logits_TV = multiply_transposed(hidden_TD, kernel_VD.astype(hidden_TD.dtype), jnp.float32)
   if bias_V is not None:
     logits_TV += bias_V.astype(jnp.float32)[None, :]
   return logits_TV[:, : config.vocab_size].reshape(*hidden_BLD.shape[:-1], config.vocab_size)
