@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from gptjax import __version__
-from gptjax.cli.main import main, split_overrides
+from gptjax.cli.arguments import split_overrides
+from gptjax.cli.main import main
 from gptjax.errors import ConfigError
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"

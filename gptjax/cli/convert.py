@@ -1,11 +1,20 @@
 """`gptjax convert`: a model of any kind, written as a Hugging Face folder or a run directory."""
 
+import argparse
 import sys
 
 import gptjax
+from gptjax.cli.arguments import MODEL_HELP
 
 
-def convert(source: str, destination: str, format: str, dtype: str | None) -> None:
-  """Loads a model and writes it again; by default in the dtype of its files."""
-  gptjax.load(source, dtype=dtype).save(destination, format=format)
-  print(f"{source} is now also {destination} ({format})", file=sys.stderr)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("source", help=MODEL_HELP)
+  parser.add_argument("destination", help="a folder that does not exist or is empty")
+  parser.add_argument("--to", required=True, choices=["hf", "gptjax"], help="the format")
+  parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as it is")
+
+
+def run(options: argparse.Namespace) -> None:
+  source, destination = options.source, options.destination
+  gptjax.load(source, dtype=options.dtype).save(destination, format=options.to)
+  print(f"{source} is now also {destination} ({options.to})", file=sys.stderr)

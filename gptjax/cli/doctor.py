@@ -1,5 +1,6 @@
 """`gptjax doctor`: what is wrong with a checkpoint, as a table and a verdict."""
 
+import argparse
 import dataclasses
 import json
 import sys
@@ -10,11 +11,31 @@ import numpy as np
 
 from gptjax.checkpoint.doctor import TEXT, Diagnosis, examine
 from gptjax.checkpoint.models import Loaded, load_model
-from gptjax.errors import DataError
+from gptjax.cli.arguments import MODEL_HELP, add_json
+from gptjax.errors import ConfigError, DataError
 from gptjax.generate.generator import Generator
 from gptjax.generate.invariance import TOLERANCE, certify
 
 _TEXT_CHARACTERS = 100_000  # more than the doctor reads
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("model", help=MODEL_HELP)
+  parser.add_argument("--text", help="file the model should find likely; default: plain English")
+  parser.add_argument("--against", help="the same model from elsewhere, for the reference to run")
+  parser.add_argument(
+    "--invariance", action="store_true", help="instead, what must not change a generated text"
+  )
+  add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+  if options.invariance:
+    for flag in ("text", "against"):
+      if getattr(options, flag):
+        raise ConfigError(f"--{flag} has no effect with --invariance; leave one of them out")
+    return certify_invariance(options.model, options.json)
+  return doctor(options.model, options.text, options.against, options.json)
 
 
 def doctor(name: str, text_file: str | None, against: str | None, as_json: bool) -> int:

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 
 from gptjax.api import Model, load
+from gptjax.cli.arguments import MODEL_HELP, add_json
 from gptjax.errors import ConfigError, UserError
 from gptjax.generate import programs
 from gptjax.generate.generator import draw_seed
@@ -21,6 +22,16 @@ from gptjax.generate.options import DecodingOptions, is_sampled, parse_options
 _NOT_FLAGS = ("allowed_tokens", "attention_mask")
 # A text by itself, or a JSON list of them; "5" is a text too.
 _TEXTS = ("stop", "bad_words", "draft_model")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("--model", required=True, help=MODEL_HELP)
+  parser.add_argument("--prompt", action="append", help="text to continue; may be repeated")
+  parser.add_argument("--prompt-file", help="file of prompts, one a line")
+  parser.add_argument("--stream", action="store_true", help="print the text as it comes")
+  parser.add_argument("--weights", default="float32", choices=["float32", "int8"])
+  add_json(parser)
+  add_options(parser)
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +70,7 @@ def _parse_value(value: str) -> Any:
     return value
 
 
-def generate(options: argparse.Namespace) -> None:
-  """Runs the verb."""
+def run(options: argparse.Namespace) -> None:
   prompts = list(options.prompt or [])
   if options.prompt_file:
     prompts += _read_lines(options.prompt_file)

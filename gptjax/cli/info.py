@@ -1,5 +1,6 @@
 """`gptjax info`: what a model is, and how it differs from the recipe it follows."""
 
+import argparse
 import json
 import math
 from typing import Any
@@ -8,16 +9,21 @@ import jax
 import numpy as np
 
 from gptjax.checkpoint.models import DTYPES, describe_model
+from gptjax.cli.arguments import MODEL_HELP, add_json
 from gptjax.model.config import ModelConfig
 from gptjax.model.parameters import count_parameters, model_specs
 from gptjax.model.recipe import TRAINING_FIELDS, nearest_recipe
 from gptjax.report import format_bytes, format_count
 
 
-def info(name: str, as_json: bool) -> None:
-  """Prints what a model is; see `describe`."""
-  facts = describe(describe_model(name))
-  print(json.dumps(facts, ensure_ascii=False) if as_json else _to_text(facts))
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument("model", help=MODEL_HELP)
+  add_json(parser)
+
+
+def run(options: argparse.Namespace) -> None:
+  facts = describe(describe_model(options.model))
+  print(json.dumps(facts, ensure_ascii=False) if options.json else _to_text(facts))
 
 
 def describe(config: ModelConfig) -> dict[str, Any]:
