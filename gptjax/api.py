@@ -18,7 +18,7 @@ from gptjax.data.special_tokens import LISTS, ROLES
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import ConfigError, DataError, UserError, check_choice, did_you_mean
 from gptjax.generate.generator import Generation, Generator, Piece
-from gptjax.generate.options import DecodingOptions, is_sampled, parse_options
+from gptjax.generate.options import OPTION_NAMES, DecodingOptions, is_sampled, parse_options
 from gptjax.model import decoder
 from gptjax.model.config import ModelConfig
 from gptjax.model.heads import lm_logits
@@ -28,6 +28,10 @@ from gptjax.parallel import Parallel, make_parallel
 PyTree = Any
 
 _MESH_AXES = ("data", "fsdp", "tensor")
+_LOAD_OPTIONS = ("dtype", "mesh", "tokenizer", *ROLES, *LISTS)
+_LENGTHS = ("max_length", "max_new_tokens")
+# Options of a pipeline's calls besides those of decoding.
+_CALL_OPTIONS = ("return_full_text", "weights")
 
 
 def load(
@@ -57,8 +61,7 @@ def load(
   """
   for name in special_tokens:
     if name not in ROLES + LISTS:
-      options = ("dtype", "mesh", "tokenizer", *ROLES, *LISTS)
-      raise ConfigError(f"load has no option {name!r}{did_you_mean(name, options)}")
+      raise ConfigError(f"load has no option {name!r}{did_you_mean(name, _LOAD_OPTIONS)}")
   parallel = _make_parallel(mesh)
   loaded = load_model(path_or_name, dtype, parallel, special_tokens, tokenizer=tokenizer)
   return Model(loaded.config, loaded.params, loaded.tokenizer, loaded.token_ids)
@@ -200,39 +203,41 @@ class TextGenerationPipeline:
     model, tokenizer: as of the Model.
   """
 
-  def __init__(self, model: Model):
+  def __init__(self, model: Model, **options: Any):
     self.model = model
     self.tokenizer = model.tokenizer
+    self._options = options
 
-  def __call__(
-    self,
-    text_inputs: str | list[str],
-    *,
-    return_full_text: bool = True,
-    **options: Any,
-  ) -> list:
+  def __call__(self, text_inputs: str | list[str], **options: Any) -> list:
     """Continues texts.
 
     Args:
       text_inputs: a text, or a list of them.
-      return_full_text: put the prompt before the new text.
-      options: as of `Model.generate`, at transformers' defaults: sampling at temperature 0.7 among
-        the 50 likeliest, 256 new tokens or as many as the context has room for.
+      options: return_full_text=False leaves the prompt out; the others are as of `Model.generate`,
+        at what the pipeline was made with, or else at transformers' defaults: sampling at
+        temperature 0.7 among the 50 likeliest, 256 new tokens or as many as the context has room
+        for.
 
     Returns:
       [{"generated_text": text}, ...] of each sequence; a list of these for a list of texts.
     """
+    given = self._options
+    if any(options.get(name) is not None for name in _LENGTHS):
+      given = {name: value for name, value in given.items() if name not in _LENGTHS}
+    options = given | options
     texts = [text_inputs] if isinstance(text_inputs, str) else list(text_inputs)
-    results = [self._continue(text, return_full_text, options) for text in texts]
+    results = [self._continue(text, **options) for text in texts]
     return results[0] if isinstance(text_inputs, str) else results
 
-  def _continue(self, text: str, return_full_text: bool, options: dict[str, Any]) -> list[dict]:
+  def _continue(
+    self, text: str, return_full_text: bool | None = None, **options: Any
+  ) -> list[dict[str, str]]:
     defaults: dict[str, Any] = {}
     if options.get("do_sample", True) is not False:
       defaults |= {"do_sample": True, "temperature": 0.7}
       if options.get("temperature") != 0:
         defaults["top_k"] = 50
-    if options.get("max_new_tokens") is None and options.get("max_length") is None:
+    if all(options.get(name) is None for name in _LENGTHS):
       room = self.model.config.context_length - len(self.model._encode(text)[0])
       defaults["max_new_tokens"] = max(1, min(256, room))
     out = self.model.generate(text, **(defaults | options))
@@ -240,25 +245,36 @@ class TextGenerationPipeline:
     return [{"generated_text": prefix + new} for new in out.texts]
 
 
-def pipeline(task: str, model: Any, **load_options: Any) -> TextGenerationPipeline:
+def pipeline(task: str, model: Any, **options: Any) -> TextGenerationPipeline:
   """Makes what `transformers.pipeline` makes.
 
   Args:
     task: "text-generation".
     model: a Model, or whatever `load` takes.
-    load_options: of `load`.
+    options: of `load`, and those that its calls begin from.
 
   Raises:
-    UserError: an unknown task, a model without a tokenizer, or as `load`.
+    UserError: an unknown task or option, a model without a tokenizer, or as `load`.
   """
   check_choice("task", task, ("text-generation",))
+  of_load = {name: options.pop(name) for name in _LOAD_OPTIONS if name in options}
+  _check_call_options(options)
   if not isinstance(model, Model):
-    model = load(model, **load_options)
-  elif load_options:
-    raise ConfigError(f"{next(iter(load_options))} has no effect on a model that is loaded already")
+    model = load(model, **of_load)
+  elif of_load:
+    raise ConfigError(f"{next(iter(of_load))} has no effect on a model that is loaded already")
   if model.tokenizer is None:
     raise UserError("the model has no tokenizer, and a pipeline takes and gives text")
-  return TextGenerationPipeline(model)
+  return TextGenerationPipeline(model, **options)
+
+
+def _check_call_options(options: dict[str, Any]) -> None:
+  """Says now, and not at the first call, what no call and no `load` understands."""
+  known = (*_LOAD_OPTIONS, *_CALL_OPTIONS, *OPTION_NAMES)
+  for name in options:
+    if name not in known:
+      raise ConfigError(f"pipeline has no option {name!r}{did_you_mean(name, known)}")
+  parse_options({name: value for name, value in options.items() if name not in _CALL_OPTIONS})
 
 
 _seeds: np.random.Generator | None = None

@@ -159,6 +159,33 @@ def test_the_pipeline_has_transformers_shape():
     gptjax.pipeline("text-generatoin", model=make_model())
 
 
+def test_a_pipeline_keeps_what_it_was_made_with():
+  model = make_model(with_tokenizer=True)
+  made = gptjax.pipeline(
+    "text-generation", model=model, max_length=8, do_sample=False, return_full_text=False
+  )
+  [item] = made("123")
+  assert item["generated_text"] == model.generate("123", max_length=8).texts[0]
+  assert len(item["generated_text"]) == 5
+  # What a call says goes before it; a total and a number of new tokens are one thing.
+  [item] = made("123", max_new_tokens=2, return_full_text=True)
+  assert item["generated_text"].startswith("123") and len(item["generated_text"]) == 5
+
+
+@pytest.mark.parametrize(
+  ("options", "complaint"),
+  [
+    ({"max_lenght": 8}, "pipeline has no option 'max_lenght'; did you mean \"max_length\""),
+    ({"pad_toekn": "[PAD]"}, 'did you mean "pad_token"'),
+    ({"top_k": -1}, "top_k is -1; it must be"),
+    ({"dtype": "bfloat16"}, "dtype has no effect on a model that is loaded already"),
+  ],
+)
+def test_a_pipeline_refuses_at_once(options, complaint):
+  with pytest.raises(UserError, match=complaint):
+    gptjax.pipeline("text-generation", model=make_model(with_tokenizer=True), **options)
+
+
 @pytest.mark.parametrize(
   ("prompts", "options", "complaint"),
   [
@@ -190,5 +217,10 @@ def test_the_command_line(tmp_path, capsys, monkeypatch):
   assert result["tokens"] == expected.tokens.tolist()
   assert main([*flags, "--prompt", "123", "--stream"]) == 0
   assert capsys.readouterr().out == "123" + expected.texts[0] + "\n"
+  stops = [expected.texts[0][4], expected.texts[0][2:4]]
+  assert main([*flags, "--prompt", "123", *(f"--stop={stop}" for stop in stops), "--json"]) == 0
+  result = json.loads(capsys.readouterr().out)
+  assert result["texts"] == model.generate("123", max_new_tokens=5, stop=stops).texts
+  assert result["texts"] == [expected.texts[0][: expected.texts[0].index(stops[1])]]
   assert main([*flags, "--prompt", "123", "--num-beam", "3"]) == 2
   assert "--num-beams" in capsys.readouterr().err

@@ -20,8 +20,8 @@ from gptjax.generate.options import DecodingOptions, is_sampled, parse_options
 
 # Not for a command line: Python objects.
 _NOT_FLAGS = ("allowed_tokens", "attention_mask")
-# A text by itself, or a JSON list of them; "5" is a text too.
-_TEXTS = ("stop", "bad_words", "draft_model")
+# A text by itself, or a JSON list of them; "5" is a text too. The flag may be repeated.
+_TEXTS = ("stop", "bad_words")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,14 +41,15 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     if field.name in _NOT_FLAGS:
       continue
     flag = "--" + field.name.replace("_", "-")
-    is_switch = field.default is False
+    is_switch, is_repeated = field.default is False, field.name in _TEXTS
     group.add_argument(
       flag,
       dest=f"option_{field.name}",
+      action="append" if is_repeated else "store",
       nargs="?" if is_switch else None,
       const="true" if is_switch else None,
       metavar="VALUE",
-      help=field.metadata["help"].replace("%", "%%"),
+      help=field.metadata["help"].replace("%", "%%") + "; may be repeated" * is_repeated,
     )
 
 
@@ -58,9 +59,16 @@ def read_options(options: argparse.Namespace) -> dict[str, Any]:
   for flag, value in vars(options).items():
     if flag.startswith("option_") and value is not None:
       name = flag.removeprefix("option_")
-      is_text = name in _TEXTS and not value.startswith("[")
-      given[name] = value if is_text else _parse_value(value)
+      if name in _TEXTS:
+        given[name] = [text for given_once in value for text in _parse_texts(given_once)]
+      else:
+        given[name] = value if name == "draft_model" else _parse_value(value)
   return given
+
+
+def _parse_texts(value: str) -> list[Any]:
+  parsed = _parse_value(value) if value.startswith("[") else value
+  return parsed if isinstance(parsed, list) else [value]
 
 
 def _parse_value(value: str) -> Any:

@@ -295,6 +295,14 @@ class DecodingOptions:
       object.__setattr__(self, field.name, _convert(field, value))
 
 
+# Every name that `parse_options` understands.
+OPTION_NAMES = (
+  *(field.name for field in dataclasses.fields(DecodingOptions)),
+  *ALIASES,
+  *FOREIGN_OFF,
+)
+
+
 def _convert(field: dataclasses.Field, value: Any) -> Any:
   if value is None:
     return field.default
@@ -320,15 +328,14 @@ def parse_options(given: Mapping[str, Any]) -> DecodingOptions:
     ConfigError: an unknown name (with the nearest one), one option under two names, or a value
       that is not of its option's kind.
   """
-  known = [field.name for field in dataclasses.fields(DecodingOptions)]
   values, names = {}, {}
   for given_name, value in given.items():
     name = ALIASES.get(given_name, given_name)
     if given_name in FOREIGN_OFF:
       _check_foreign(given_name, value)
       continue
-    if name not in known:
-      near = did_you_mean(given_name, [*known, *ALIASES])
+    if name not in OPTION_NAMES:
+      near = did_you_mean(given_name, OPTION_NAMES)
       raise ConfigError(f'unknown decoding option "{given_name}"{near}')
     if value is None:
       continue
