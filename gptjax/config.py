@@ -186,7 +186,9 @@ def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
     # In a mixture each corpus has a valid_fraction of its own.
     defaults = CORPUS_DEFAULTS | ({"valid_fraction": 0.1} if "mixture" in named else {})
     given = {key.split(".")[1] for key in overrides if key.startswith("data.")}
-    _set_keys(config.data, {key: defaults[key] for key in defaults if key not in given})
+    # The labelled examples of a task have some of these keys.
+    stale = [key for key in defaults if key in config.data and key not in given]
+    _set_keys(config.data, {key: defaults[key] for key in stale})
 
 
 def _set_keys(group: ConfigDict, values: Mapping[str, Any]) -> None:

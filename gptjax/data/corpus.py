@@ -130,7 +130,7 @@ def read_documents(sources: Iterable[Source], cuts: str = "before_space") -> Ite
   """
   index = itertools.count()
   for number, source in enumerate(sources):
-    with _readable(source):
+    with readable(source.path):
       if source.kind == "txt":
         yield from _as_pieces(_read_txt(source.path, cuts), number, index)
         continue
@@ -193,7 +193,7 @@ def _read_jsonl(source: Source) -> Iterator[tuple[str, int, int]]:
       end = start + len(line)
       if line.strip():
         place = f'"{source.path}" line {number}'
-        record = _parse_json(_decode(line, source.path, start)[0], place)
+        record = parse_json(_decode(line, source.path, start)[0], place)
         yield _text_of(record, source, place), start, end
       start = end
 
@@ -228,18 +228,34 @@ def _read_parquet(source: Source) -> Iterator[tuple[str, int, int]]:
   yield from _with_byte_ranges(texts, source)
 
 
-def _read_hub(source: Source) -> Iterator[tuple[str, int, int]]:
+def open_hub(name: str, split: str, *, is_streamed: bool) -> Iterable[dict]:
+  """Opens one split of a `datasets` hub name, "name" or "name:configuration".
+
+  Raises:
+    DataError: it cannot be reached or is not there.
+  """
   import datasets
 
-  path, _, split = source.path.rpartition("@")
-  name, _, configuration = path.partition(":")
+  path, _, configuration = name.partition(":")
   try:
-    records = datasets.load_dataset(name, configuration or None, split=split, streaming=True)
-    columns = records.column_names or list(next(iter(records)))
+    return datasets.load_dataset(path, configuration or None, split=split, streaming=is_streamed)
   # datasets raises its own, requests' and the hub's errors, without a common base.
   except Exception as error:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    raise DataError(f'data.hub "{path}" split "{split}" cannot be read: {reason}') from error
+    raise _unreadable_hub(name, split, error) from error
+
+
+def _unreadable_hub(name: str, split: str, error: Exception) -> DataError:
+  reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+  return DataError(f'data.hub "{name}" split "{split}" cannot be read: {reason}')
+
+
+def _read_hub(source: Source) -> Iterator[tuple[str, int, int]]:
+  name, _, split = source.path.rpartition("@")
+  records = open_hub(name, split, is_streamed=True)
+  try:
+    columns = records.column_names or list(next(iter(records)))
+  except Exception as error:
+    raise _unreadable_hub(name, split, error) from error
   _check_column(source, columns)
   yield from _with_byte_ranges((record[source.text_column] for record in records), source)
 
@@ -291,13 +307,14 @@ def _decode(data: bytes, path: str, offset: int, final: bool = True) -> tuple[st
     raise DataError(f'"{path}" is not UTF-8 at byte {byte}; convert it to UTF-8') from error
 
 
-def _parse_json(line: str, place: str) -> dict:
+def parse_json(line: str, place: str) -> dict:
+  """Reads one JSON object. Raises DataError, with the place, for anything else."""
   try:
     record = json.loads(line)
   except ValueError as error:
     raise DataError(f"{place} is not JSON: {error}") from error
   if not isinstance(record, dict):
-    raise DataError(f"{place} is {line[:40]!r}; each line must be one object with a text field")
+    raise DataError(f"{place} is {line[:40]!r}; each record must be one object")
   return record
 
 
@@ -320,9 +337,10 @@ def _text_of(record: dict, source: Source, place: str) -> str:
 
 
 @contextlib.contextmanager
-def _readable(source: Source) -> Iterator[None]:
+def readable(path: str) -> Iterator[None]:
+  """Turns what goes wrong while a file is read into a DataError that names it."""
   try:
     yield
   except (OSError, EOFError, zlib.error, csv.Error, ValueError) as error:
     reason = getattr(error, "strerror", None) or error
-    raise DataError(f'"{source.path}" cannot be read: {reason}') from error
+    raise DataError(f'"{path}" cannot be read: {reason}') from error
