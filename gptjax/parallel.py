@@ -222,6 +222,10 @@ class Parallel:
       self._shardings(tree),
     )
 
+  def adopt(self, tree: PyTree) -> PyTree:
+    """Puts arrays of this process, which may be on a device, where a state of their paths lives."""
+    return jax.device_put(tree, self._saved_shardings(tree))
+
   def shard_batch(self, batch: PyTree, accumulation: int) -> PyTree:
     """Splits this process's rows among micro-batches and devices, and sends them there.
 
@@ -240,6 +244,14 @@ class Parallel:
       lambda rows: self._put_rows(_split_rows(np.asarray(rows), accumulation, local_multiple)),
       batch,
     )
+
+  def collect_rows(self, rows: PyTree, num_rows: int) -> PyTree:
+    """Undoes `shard_batch` of one micro-batch, for what a program of `compile_map` gave.
+
+    Returns:
+      numpy arrays [num_rows, ...], without the padding.
+    """
+    return jax.tree.map(lambda leaf: self._join_rows(np.asarray(leaf))[:num_rows], rows)
 
   def to_host(self, tree: PyTree) -> PyTree:
     """Copies arrays to numpy, whole, in every process."""
@@ -279,6 +291,10 @@ class Parallel:
     """Compiles `function(state, batch, *, axis_name) -> sums`; nothing is donated."""
     raise NotImplementedError
 
+  def compile_map(self, function: Callable) -> "Program":
+    """Compiles `function(state, batch, *, axis_name) -> arrays [A, B, ...]` of the batch's rows."""
+    raise NotImplementedError
+
   def _shardings(self, tree: PyTree) -> PyTree:
     raise NotImplementedError
 
@@ -286,6 +302,9 @@ class Parallel:
     return self._shardings(tree)
 
   def _put_rows(self, rows: np.ndarray) -> jax.Array:
+    raise NotImplementedError
+
+  def _join_rows(self, rows: np.ndarray) -> np.ndarray:
     raise NotImplementedError
 
   def _scope(self) -> contextlib.AbstractContextManager:
@@ -327,18 +346,23 @@ class ReplicatedParallel(Parallel):
     return jax.tree.map(lambda leaf: leaf.addressable_data(0), params)
 
   def compile_step(self, step: Callable) -> "Program":
-    pmap = functools.partial(self._pmap, out_axes=(None, None), donate_argnums=0)
-    return Program(step, "data", lambda function, state: pmap(function), self._scope, self._blocks)
+    return self._compile(step, out_axes=(None, None), donate_argnums=0)
 
   def compile_eval(self, function: Callable) -> "Program":
-    pmap = functools.partial(self._pmap, out_axes=None)
-    return Program(
-      function, "data", lambda function, state: pmap(function), self._scope, self._blocks
-    )
+    return self._compile(function, out_axes=None)
 
-  def _pmap(self, function: Callable, **options) -> Callable:
-    devices = list(self._mesh.devices.flat)
-    return jax.pmap(function, axis_name="data", in_axes=(None, 0), devices=devices, **options)
+  def compile_map(self, function: Callable) -> "Program":
+    return self._compile(function, out_axes=0)
+
+  def _compile(self, function: Callable, **options) -> "Program":
+    options |= {"axis_name": "data", "devices": list(self._mesh.devices.flat)}
+    return Program(
+      function,
+      "data",
+      lambda traced, state: jax.pmap(traced, in_axes=(None, 0), **options),
+      self._scope,
+      self._blocks,
+    )
 
   def _shardings(self, tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: self._replicated, tree)
@@ -353,6 +377,9 @@ class ReplicatedParallel(Parallel):
       num_micro_batches, num_devices, num_rows // num_devices, *rows.shape[2:]
     )
     return jax.device_put(by_device.swapaxes(0, 1), self._by_device)
+
+  def _join_rows(self, rows: np.ndarray) -> np.ndarray:
+    return rows.reshape(rows.shape[0] * rows.shape[2], *rows.shape[3:])
 
 
 class MeshParallel(Parallel):
@@ -379,6 +406,12 @@ class MeshParallel(Parallel):
 
     return Program(function, None, build, self._scope, self._blocks)
 
+  def compile_map(self, function: Callable) -> "Program":
+    def build(function, state):
+      return jax.jit(function, out_shardings=self._by_row)
+
+    return Program(function, None, build, self._scope, self._blocks)
+
   def _shardings(self, tree: PyTree) -> PyTree:
     return map_named(
       lambda name, leaf: NamedSharding(
@@ -391,6 +424,9 @@ class MeshParallel(Parallel):
     num_rows = rows.shape[1] * self.process_count
     shape = (rows.shape[0], num_rows, *rows.shape[2:])
     return jax.make_array_from_process_local_data(self._by_row, rows, shape)
+
+  def _join_rows(self, rows: np.ndarray) -> np.ndarray:
+    return rows[0]
 
   def _scope(self) -> contextlib.AbstractContextManager:
     return jax.set_mesh(self._mesh)

@@ -131,8 +131,7 @@ def _grow(
   key = jax.random.key(0)
   params, config = grow_vocabulary(params, config, vocab_size, key)
   if parallel is not None:
-    places = parallel.abstract_state(lambda key: params, key)
-    params = jax.tree.map(lambda leaf, to: jax.device_put(leaf, to.sharding), params, places)
+    params = parallel.adopt(params)
   return params, config
 
 
