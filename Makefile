@@ -42,7 +42,7 @@ $(INSTALLED): setup.cfg pyproject.toml | $(BIN)/pip
 	@$(PIP) -e '.$(patsubst %,[%],$(filter-out cpu,$(JAX_BUILD)))'
 	@touch $@
 
-$(VENV)/installed-test $(VENV)/installed-test-hf: $(VENV)/installed-%: $(INSTALLED)
+$(VENV)/installed-test $(VENV)/installed-test-hf $(VENV)/installed-test-serve: $(VENV)/installed-%: $(INSTALLED)
 	@echo 'Installing what the tests need (extra $*) into $(VENV), this once'
 	@$(PIP) -e '.[$*]'
 	@touch $@
@@ -59,7 +59,7 @@ pretrain: $(INSTALLED) $(if $(filter experiments/shakespeare.py%,$(CONFIG))$(fin
 test: $(VENV)/installed-test  ## the fast tests, on CPU, without PyTorch
 	$(BIN)/pytest
 
-test-slow: $(VENV)/installed-test  ## tests of minutes: kills, several processes, whole runs
+test-slow: $(VENV)/installed-test $(VENV)/installed-test-serve  ## tests of minutes: kills, several processes, whole runs
 	$(BIN)/pytest -m slow
 
 test-hf: $(VENV)/installed-test $(VENV)/installed-test-hf  ## parity with transformers; installs PyTorch
