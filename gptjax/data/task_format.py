@@ -112,6 +112,11 @@ def check_format(form: TaskFormat) -> None:
     known = SCORE_METRICS if form.target == "score" else CLASS_METRICS
     known = known[:1] if form.family == "multiple_choice" else known
     check_choice(f"data.metrics of a {form.target}", metric, known)
+  if "f1" in form.metrics and len(form.labels) > 2:
+    raise ConfigError(
+      f'data.metrics has "f1", which is of two classes, and there are {len(form.labels)};'
+      ' use "macro_f1"'
+    )
   _check_labels(form)
   _refuse_stray(form)
 
