@@ -61,10 +61,12 @@ def check_details(config: Any) -> None:
   """Raises ConfigError for a detail that is set beside a choice that does not use it.
 
   Args:
-    config: a dataclass with the groups of DETAILS.
+    config: a dataclass with the groups of DETAILS; a group may lack a choice and its details.
   """
   for details in DETAILS:
     group = getattr(config, details.group)
+    if not hasattr(group, details.choice):
+      continue
     choice = getattr(group, details.choice)
     if details.are_used(choice):
       continue

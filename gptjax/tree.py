@@ -24,6 +24,32 @@ def map_named(function: Callable[[str, Any], Any], tree: PyTree) -> PyTree:
   return jax.tree_util.tree_map_with_path(lambda path, leaf: function(path_name(path), leaf), tree)
 
 
+def split_named(tree: PyTree, pattern: str) -> tuple[PyTree, PyTree]:
+  """Parts a tree into (what does not match, what matches), each with None in the others' places.
+
+  Args:
+    pattern: regular expression over paths; "" matches nothing.
+  """
+
+  def keep(matching):
+    return map_named(
+      lambda name, leaf: leaf if bool(pattern and re.search(pattern, name)) == matching else None,
+      tree,
+    )
+
+  return keep(False), keep(True)
+
+
+def join_named(tree: PyTree, other: PyTree) -> PyTree:
+  """Undoes `split_named`."""
+  return jax.tree.map(
+    lambda leaf, alternative: alternative if leaf is None else leaf,
+    tree,
+    other,
+    is_leaf=lambda leaf: leaf is None,
+  )
+
+
 def match_first(rules: Sequence[tuple[str, Any]], name: str) -> Any:
   """Returns the value of the first rule whose regular expression is found in `name`.
 

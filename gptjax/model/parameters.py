@@ -1,8 +1,9 @@
 """The parameter tree: every name, shape and initialiser, written once.
 
-`{"decoder": ..., "lm_head": ... (not where tied)}`; kernels are [in, out], vocabulary matrices
-[V, D], and the layers are stacked on a leading axis. Values are GPT-2's: N(0, init_std), residual
-projections scaled by 1/sqrt(2 * num_layers), zero biases (Radford et al. 2019, section 2.3).
+`{"decoder": ..., "lm_head": ... (not where tied), "task_head": ... (only fine-tuned)}`; kernels
+are [in, out], vocabulary matrices [V, D], and the layers are stacked on a leading axis. Values are
+GPT-2's: N(0, init_std), residual projections scaled by 1/sqrt(2 * num_layers), zero biases
+(Radford et al. 2019, section 2.3).
 """
 
 import dataclasses
@@ -99,6 +100,12 @@ def lm_head_specs(config: ModelConfig) -> dict[str, Any]:
   V = config.padded_vocab_size
   specs = {"kernel": ParameterSpec((V, config.model_dim), config.init_std)}
   return specs | ({"bias": ParameterSpec((V,))} if config.head_bias else {})
+
+
+def task_head_specs(config: ModelConfig, num_outputs: int) -> dict[str, Any]:
+  """Describes the linear layer of a task, C = num_outputs (Radford et al. 2018, section 3.2)."""
+  kernel = ParameterSpec((config.model_dim, num_outputs), config.init_std)
+  return {"kernel": kernel, "bias": ParameterSpec((num_outputs,))}
 
 
 def model_specs(config: ModelConfig) -> dict[str, Any]:

@@ -12,12 +12,20 @@ from gptjax.errors import ConfigError, check_choice
 from gptjax.model.config import ModelConfig
 
 
-def _check_least(group: str, config: Any, **least: float) -> None:
+def check_least(group: str, config: Any, **least: float) -> None:
   """Raises ConfigError for a value below its least, or NaN; None is unset."""
   for key, bound in least.items():
     value = getattr(config, key)
     if value is not None and not value >= bound:
       raise ConfigError(f"{group}.{key} is {value}; it must be at least {bound}")
+
+
+def check_pattern(key: str, pattern: str) -> None:
+  """Raises ConfigError for what is no regular expression."""
+  try:
+    re.compile(pattern)
+  except re.error as error:
+    raise ConfigError(f'{key} "{pattern}" is no regular expression: {error}') from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +35,8 @@ class OptimizerConfig:
   Values marked [traced] are leaves of the train state: changing them compiles nothing.
 
   Attributes:
-    name: "adamw"; "muon" (hidden matrices by Muon, the rest by AdamW).
+    name: "adamw"; "muon" (hidden matrices by Muon, the rest by AdamW); "gpt1_adam" (the Adam of
+      GPT-1's released fine-tuning code).
     learning_rate: peak rate [traced].
     schedule: "cosine", "linear", "constant", "wsd" (warm-up, stable, decay), "gpt1"
       (linear to 0 from step 0, times the warm-up ramp: Radford et al. 2018, released code).
@@ -37,6 +46,8 @@ class OptimizerConfig:
       follows the warm-up, "wsd" over the last fifth of the run. Or decay_tokens.
     weight_decay: decoupled, times the learning rate [traced].
     decay_pattern: regular expression; parameters whose path matches are decayed.
+    frozen_pattern: regular expression; parameters whose path matches are not trained, and have
+      neither gradients nor moments; "" trains all.
     beta1, beta2, epsilon: Adam's [traced].
     clip_norm: global gradient norm is clipped to this [traced]; 0 is off.
     muon_learning_rate: peak rate of Muon's matrices, same schedule [traced].
@@ -56,6 +67,7 @@ class OptimizerConfig:
   decay_tokens: int | None = None
   weight_decay: float = 0.1
   decay_pattern: str = r"(kernel|embedding)$"
+  frozen_pattern: str = ""
   beta1: float = 0.9
   beta2: float = 0.95
   epsilon: float = 1e-8
@@ -66,7 +78,7 @@ class OptimizerConfig:
   ema_decay: float = 0.0
 
   def __post_init__(self):
-    check_choice("optimizer.name", self.name, ("adamw", "muon"))
+    check_choice("optimizer.name", self.name, ("adamw", "muon", "gpt1_adam"))
     check_choice(
       "optimizer.schedule", self.schedule, ("cosine", "linear", "constant", "wsd", "gpt1")
     )
@@ -78,20 +90,16 @@ class OptimizerConfig:
     for key in ("beta1", "beta2", "muon_momentum", "ema_decay"):
       if not 0 <= getattr(self, key) < 1:
         raise ConfigError(f"optimizer.{key} is {getattr(self, key)}; it must be in [0, 1)")
-    _check_least("optimizer", self, muon_steps=1)
-    _check_least(
+    check_least("optimizer", self, muon_steps=1)
+    check_least(
       "optimizer",
       self,
       **dict.fromkeys(("learning_rate", "muon_learning_rate", "clip_norm", "epsilon"), 0),
       **dict.fromkeys(("warmup_steps", "warmup_tokens", "warmup_fraction"), 0),
       **dict.fromkeys(("decay_steps", "decay_tokens", "end_fraction"), 0),
     )
-    try:
-      re.compile(self.decay_pattern)
-    except re.error as error:
-      raise ConfigError(
-        f'optimizer.decay_pattern "{self.decay_pattern}" is no regular expression: {error}'
-      ) from error
+    for key in ("decay_pattern", "frozen_pattern"):
+      check_pattern(f"optimizer.{key}", getattr(self, key))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +108,8 @@ class TrainConfig:
 
   Attributes:
     num_steps: updates; or num_tokens, or num_epochs (exactly one of the three).
-    batch_rows: rows of a global batch, over all devices and micro-batches.
+    batch_rows: rows of a global batch, over all devices and micro-batches; in fine-tuning its
+      examples, however many rows each of them takes.
     accumulation: micro-batches that one update sums, exactly, whatever their weights.
     ramp_start_rows, ramp_tokens: grow the batch from ramp_start_rows to batch_rows over the first
       ramp_tokens tokens, by doubling (GPT-3); 0 is off.
@@ -165,7 +174,7 @@ class TrainConfig:
     lengths = (self.num_steps, self.num_tokens, self.num_epochs)
     if sum(value is not None for value in lengths) > 1:
       raise ConfigError("set only one of train.num_steps, train.num_tokens, train.num_epochs")
-    _check_least(
+    check_least(
       "train",
       self,
       **dict.fromkeys(("num_steps", "num_tokens", "batch_rows", "accumulation"), 1),
@@ -190,8 +199,8 @@ class EvalConfig:
 
   Attributes:
     every_steps: steps between evaluations; the last step is always evaluated. 0: only the last.
-    max_rows: rows of the validation split to score; 0 is all of them.
-    batch_rows: rows scored at a time.
+    max_rows: rows (examples) of the validation split to score; 0 is all of them.
+    batch_rows: rows (examples) scored at a time.
     sample_prompts: texts to continue at each evaluation, into samples.txt.
     sample_tokens: new tokens of each; 0 writes no samples.
     sample_temperature: temperature of the draw; 0 is greedy.
@@ -205,7 +214,7 @@ class EvalConfig:
   sample_temperature: float = 0.8
 
   def __post_init__(self):
-    _check_least(
+    check_least(
       "eval", self, batch_rows=1, every_steps=0, max_rows=0, sample_tokens=0, sample_temperature=0
     )
 
@@ -214,8 +223,30 @@ class EvalConfig:
     return bool(self.sample_prompts and self.sample_tokens)
 
 
+class RunConfig:
+  """What the configs of whole runs share: groups optimizer, train and eval, a seed, and checks."""
+
+  def check(self) -> None:
+    """Raises ConfigError for values that contradict each other."""
+    if not 0 <= self.seed < 2**32:
+      raise ConfigError(f"seed is {self.seed}; it must be from 0 to {2**32 - 1}")
+    check_details(self)
+    kept, saved = self.train.keep_every_steps, self.save_every_steps
+    if kept and (not saved or kept % saved):
+      saves = f"saves are every {saved} steps" if saved else "only the last step is saved"
+      raise ConfigError(
+        f"train.keep_every_steps is {kept}, but {saves}; make it a multiple of"
+        " train.save_every_steps"
+      )
+
+  @property
+  def save_every_steps(self) -> int:
+    """Updates between checkpoints; 0: only the last."""
+    return self.train.save_every_steps or self.eval.every_steps
+
+
 @dataclasses.dataclass(frozen=True)
-class PretrainConfig:
+class PretrainConfig(RunConfig):
   """A whole pretraining run.
 
   Attributes:
@@ -236,25 +267,8 @@ class PretrainConfig:
   tags: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    if not 0 <= self.seed < 2**32:
-      raise ConfigError(f"seed is {self.seed}; it must be from 0 to {2**32 - 1}")
-    check_details(self)
-    self._check_kept_steps()
+    self.check()
     if self.eval.has_samples and self.model.context_length < 2:
       raise ConfigError(
         "model.context_length is 1, too short for samples; set eval.sample_tokens=0"
       )
-
-  def _check_kept_steps(self) -> None:
-    kept, saved = self.train.keep_every_steps, self.save_every_steps
-    if kept and (not saved or kept % saved):
-      saves = f"saves are every {saved} steps" if saved else "only the last step is saved"
-      raise ConfigError(
-        f"train.keep_every_steps is {kept}, but {saves}; make it a multiple of"
-        " train.save_every_steps"
-      )
-
-  @property
-  def save_every_steps(self) -> int:
-    """Updates between checkpoints; 0: only the last."""
-    return self.train.save_every_steps or self.eval.every_steps

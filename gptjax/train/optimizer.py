@@ -1,4 +1,4 @@
-"""AdamW and Muon from optax parts, with every value that may vary traced.
+"""AdamW, Muon and GPT-1's Adam from optax parts, with every value that may vary traced.
 
 `hyperparameters` makes the float32 scalars that the train state carries; `make_optimizer` is
 called inside the step, with those scalars and the step, so that changing any of them compiles
@@ -29,7 +29,8 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class Hyperparameters:
   """Traced float32 scalars of the optimiser, the schedule and the loss.
 
-  Attributes are those of OptimizerConfig (and TrainConfig.z_loss), durations in steps.
+  Attributes are those of OptimizerConfig (and TrainConfig.z_loss), durations in steps; and of
+  fine-tuning lm_coefficient, None elsewhere.
   """
 
   learning_rate: jax.Array
@@ -46,10 +47,15 @@ class Hyperparameters:
   muon_momentum: jax.Array
   ema_decay: jax.Array
   z_loss: jax.Array
+  lm_coefficient: jax.Array | None = None
 
 
 def hyperparameters(
-  config: OptimizerConfig, durations: Durations, *, z_loss: float
+  config: OptimizerConfig,
+  durations: Durations,
+  *,
+  z_loss: float = 0.0,
+  lm_coefficient: float | None = None,
 ) -> Hyperparameters:
   """Makes the traced scalars of a run from its config and `schedule.resolve_durations`."""
   return Hyperparameters(
@@ -67,6 +73,7 @@ def hyperparameters(
     muon_momentum=jnp.float32(config.muon_momentum),
     ema_decay=jnp.float32(config.ema_decay),
     z_loss=jnp.float32(z_loss),
+    lm_coefficient=None if lm_coefficient is None else jnp.float32(lm_coefficient),
   )
 
 
@@ -106,6 +113,9 @@ def make_optimizer(
     ),
   )
   clip = optax.clip_by_global_norm(jnp.where(hyper.clip_norm > 0, hyper.clip_norm, jnp.inf))
+  if config.name == "gpt1_adam":
+    adam = scale_by_gpt1_adam(hyper.beta1, hyper.beta2, hyper.epsilon, decay)
+    return optax.chain(clip, adam, optax.scale_by_learning_rate(hyper.learning_rate * factor))
   adamw = optax.chain(
     optax.scale_by_adam(hyper.beta1, hyper.beta2, hyper.epsilon),
     decay,
@@ -124,6 +134,35 @@ def make_optimizer(
 def _rule_of_paths(params: PyTree) -> PyTree:
   """Labels each parameter with the rule that updates it."""
   return map_named(lambda name, _: "muon" if re.search(MUON_PATTERN, name) else "adamw", params)
+
+
+def scale_by_gpt1_adam(
+  beta1: jax.Array, beta2: jax.Array, epsilon: jax.Array, decay: optax.GradientTransformation
+) -> optax.GradientTransformation:
+  """Scales gradients as the Adam of GPT-1's released code does (Radford et al. 2018, opt.py).
+
+  Update t is c_t * (m / (sqrt(v) + epsilon) + decay * p), c_t = sqrt(1 - beta2^t) / (1 - beta1^t).
+  Unlike in AdamW, epsilon is outside of the bias correction, and the decay is times c_t.
+
+  Args:
+    beta1, beta2, epsilon: traced.
+    decay: adds the decayed parameters; it has no state.
+  """
+
+  def init(params):
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    return optax.ScaleByAdamState(jnp.int32(0), zeros, zeros)
+
+  def update(updates, state, params):
+    count = optax.safe_increment(state.count)
+    mu = optax.tree.update_moment(updates, state.mu, beta1, 1)
+    nu = optax.tree.update_moment(updates, state.nu, beta2, 2)
+    steps = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + epsilon), mu, nu)
+    steps, _ = decay.update(steps, decay.init(params), params)
+    correction = jnp.sqrt(1 - beta2**count) / (1 - beta1**count)
+    return optax.tree.scale(correction, steps), optax.ScaleByAdamState(count, mu, nu)
+
+  return optax.GradientTransformation(init, update)
 
 
 def scale_by_muon(

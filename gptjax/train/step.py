@@ -21,7 +21,7 @@ from gptjax.model.heads import lm_head
 from gptjax.train.config import OptimizerConfig
 from gptjax.train.loss import Sums, chunked_next_token_loss
 from gptjax.train.optimizer import Hyperparameters, ema_update, learning_rate, make_optimizer
-from gptjax.tree import map_named, named_leaves
+from gptjax.tree import join_named, map_named, named_leaves, split_named
 
 PyTree = Any
 
@@ -47,12 +47,15 @@ class Objective(Protocol):
   """What a run minimises: named sums over rows, and what to divide them by."""
 
   def weights(self, batch: Batch) -> dict[str, jax.Array]:
-    """Returns the weight of each term in a batch; it depends on the batch alone."""
+    """Returns the weight of each term in a batch, and its count of "tokens".
+
+    It depends on the batch alone.
+    """
 
   def __call__(
     self, params: PyTree, batch: Batch, hyper: Hyperparameters, key: jax.Array | None
   ) -> tuple[dict[str, jax.Array], Sums]:
-    """Returns ({term: sum to differentiate}, {name: (sum, weight)} to report).
+    """Returns ({term: sum to differentiate}, {name: (sum, weight)} to report, "loss" among them).
 
     Each term is divided by its weight over the whole global batch, and the terms are added.
     """
@@ -71,7 +74,8 @@ class LanguageModelObjective:
     self._chunk_tokens = chunk_tokens
 
   def weights(self, batch: Batch) -> dict[str, jax.Array]:
-    return {"loss": jnp.sum(batch.weights_BL)}
+    num_targets = jnp.sum(batch.weights_BL)
+    return {"loss": num_targets, "tokens": num_targets}
 
   def __call__(self, params, batch, hyper, key):
     hidden_BLD = hidden_states(params["decoder"], batch, self._config, key)
@@ -133,10 +137,11 @@ def init_state(
 ) -> TrainState:
   """Makes the state before the first step."""
   step, two = jnp.int32(0), jnp.zeros(2, jnp.float32)
+  trained, _ = split_named(params, config.frozen_pattern)
   return TrainState(
     step=step,
     params=params,
-    opt_state=make_optimizer(config, hyper, step=step).init(params),
+    opt_state=make_optimizer(config, hyper, step=step).init(trained),
     hyper=hyper,
     key=key,
     ema=jax.tree.map(jnp.copy, params) if config.ema_decay else None,
@@ -154,7 +159,7 @@ def make_train_step(
   """Returns `train_step(state, batch, *, axis_name) -> (state, metrics)`.
 
   Inside the step batch arrays are [A, B, L]: A micro-batches, of this device under pmap. Metrics
-  are scalars: train_loss (nats a token), every reported mean, grad_norm, learning_rate, tokens,
+  are scalars: train_loss and every other reported mean, grad_norm, learning_rate, tokens,
   is_skipped, skipped, skipped_in_row.
 
   Args:
@@ -165,12 +170,15 @@ def make_train_step(
   """
 
   def train_step(state: TrainState, batch: Batch, *, axis_name: str | None):
-    gradients, sums = accumulate_gradients(state, batch, objective, axis_name)
+    gradients, sums, weights = accumulate_gradients(
+      state, batch, objective, axis_name, config.frozen_pattern
+    )
+    trained, frozen = split_named(state.params, config.frozen_pattern)
     means = {name: value / weight for name, (value, weight) in sums.items()}
     grad_norm = optax.tree.norm(gradients)
     optimizer = make_optimizer(config, state.hyper, step=state.step, axis_name=axis_name)
-    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+    params = join_named(optax.apply_updates(trained, updates), frozen)
     ema = state.ema
     if ema is not None:
       ema = ema_update(ema, params, state.hyper.ema_decay, state.step)
@@ -185,7 +193,7 @@ def make_train_step(
     metrics = {f"train_{name}": mean for name, mean in means.items()} | {
       "grad_norm": grad_norm,
       "learning_rate": learning_rate(config, state.hyper, state.step),
-      "tokens": sums["loss"][1],
+      "tokens": weights["tokens"],
       "is_skipped": is_bad,
       "skipped": health.skipped,
       "skipped_in_row": health.skipped_in_row,
@@ -211,26 +219,39 @@ def make_eval_step(objective: Objective) -> Callable:
 
 
 def accumulate_gradients(
-  state: TrainState, batch: Batch, objective: Objective, axis_name: str | None
-) -> tuple[PyTree, Sums]:
-  """Returns the exact gradient and the sums of a global batch, over micro-batches and devices."""
+  state: TrainState,
+  batch: Batch,
+  objective: Objective,
+  axis_name: str | None,
+  frozen_pattern: str = "",
+) -> tuple[PyTree, Sums, dict[str, jax.Array]]:
+  """Computes the exact gradient of a global batch, over micro-batches and devices.
+
+  Returns:
+    (the gradient, with None in the place of frozen parameters; the sums of the objective; its
+    weights).
+  """
   key = jax.random.fold_in(state.key, state.step)
   if axis_name:
     key = jax.random.fold_in(key, jax.lax.axis_index(axis_name))
   weights = jax.vmap(objective.weights)(batch)
   weights = _sum_devices(jax.tree.map(lambda w_A: w_A.sum(), weights), axis_name)
 
-  def loss(params, micro_batch, micro_key):
+  trained, frozen = split_named(state.params, frozen_pattern)
+
+  def loss(trained, micro_batch, micro_key):
+    params = join_named(trained, frozen)
     terms, sums = objective(params, micro_batch, state.hyper, micro_key)
     return sum(term / weights[name] for name, term in terms.items()), sums
 
   def compute(micro):
     micro_batch, index = micro
     micro_key = jax.random.fold_in(key, index)
-    return jax.grad(loss, has_aux=True)(state.params, micro_batch, micro_key)
+    return jax.grad(loss, has_aux=True)(trained, micro_batch, micro_key)
 
   indices_A = jnp.arange(batch.tokens_BL.shape[0])
-  return _sum_devices(_sum_micro_batches(compute, (batch, indices_A)), axis_name)
+  gradients, sums = _sum_devices(_sum_micro_batches(compute, (batch, indices_A)), axis_name)
+  return gradients, sums, weights
 
 
 def find_not_finite(
@@ -242,7 +263,7 @@ def find_not_finite(
     axes = tuple(range(1 if _STACKED in name else 0, leaf.ndim))
     return jnp.all(jnp.isfinite(leaf), axis=axes)
 
-  gradients, _ = accumulate_gradients(state, batch, objective, axis_name)
+  gradients, _, _ = accumulate_gradients(state, batch, objective, axis_name)
   return {
     "gradients": map_named(is_finite, gradients),
     "parameters": map_named(is_finite, state.params),

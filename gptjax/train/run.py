@@ -1,0 +1,313 @@
+"""A run around the one loop: what pretraining and fine-tuning share, and what each has to say."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gptjax import config as config_lib
+from gptjax import parallel as parallel_lib
+from gptjax import report
+from gptjax.batch import Batch
+from gptjax.checkpoint.run_directory import RunDirectory
+from gptjax.checkpoint.store import CheckpointStore
+from gptjax.data.prefetch import prefetch
+from gptjax.data.tokenizer import Tokenizer
+from gptjax.generate.sample import sample_long
+from gptjax.model.parameters import count_parameters
+from gptjax.train import hardware
+from gptjax.train.config import RunConfig
+from gptjax.train.display import ProgressDisplay
+from gptjax.train.loop import Event, Line, Loop, stop_signals
+from gptjax.train.metrics import MetricsWriter, make_trackers
+from gptjax.train.optimizer import Hyperparameters
+from gptjax.train.profile import Profiler
+from gptjax.train.setup import ending_together, sample_prompt_ids, say
+from gptjax.train.step import (
+  Objective,
+  TrainState,
+  describe_not_finite,
+  find_not_finite,
+  init_state,
+  make_train_step,
+)
+
+PyTree = Any
+
+
+@dataclasses.dataclass(kw_only=True)
+class TrainingRun:
+  """One run in this process: what its events share. Subclasses say what is trained on what.
+
+  Attributes:
+    config: with groups model (resolved), optimizer, train and eval.
+    tokenizer: of the model.
+    num_steps: updates of the whole run.
+    started: time of the process's start.
+    seconds_before: that processes before this one took for the steps restored.
+    best_metric: of a saved line; the checkpoint where it is lowest is kept.
+  """
+
+  config: RunConfig
+  run: RunDirectory
+  tokenizer: Tokenizer
+  parallel: parallel_lib.Parallel
+  num_steps: int
+  started: float
+  seconds_before: float = 0.0
+  best_metric: str = "valid_loss"
+
+  def objective(self) -> Objective:
+    """Returns what is minimised."""
+    raise NotImplementedError
+
+  def hyperparameters(self) -> Hyperparameters:
+    """Returns the traced scalars of the run."""
+    raise NotImplementedError
+
+  def init_params(self, key: jax.Array) -> PyTree:
+    """Draws the parameters; compiled."""
+    raise NotImplementedError
+
+  def load_initial(self, params: PyTree) -> PyTree:
+    """Returns what training starts from in place of the drawn `params`: those of init_from."""
+    raise NotImplementedError
+
+  def batches(self, start_step: int) -> Iterator[Batch]:
+    """Yields the rows that this process feeds, from update start_step on."""
+    raise NotImplementedError
+
+  def events(self) -> list[Event]:
+    """Returns what is measured and written now and then."""
+    raise NotImplementedError
+
+  def model_params(self, state: TrainState) -> PyTree:
+    """Returns the parameters of the model as it is used after training."""
+    return state.eval_params
+
+  def should_end(self) -> bool:
+    """Says whether the run has reached its aim before its last update."""
+    return False
+
+  def row_size(self) -> tuple[int, int]:
+    """Returns (rows of a batch, tokens of the longest row)."""
+    return self.config.train.batch_rows, self.config.model.context_length
+
+  def report_page(self, metrics: list[dict[str, Any]], **common: Any) -> str:
+    """Builds the report; `common` is what `training_report` takes."""
+    raise NotImplementedError
+
+  def run_all(self) -> None:
+    """Restores or initialises, trains, and leaves a report."""
+    config, train = self.config, self.config.train
+    self._prompts = sample_prompt_ids(config.eval, self.tokenizer)
+    self._describe()
+    objective = self.objective()
+    self._find_not_finite = self.parallel.compile_eval(
+      functools.partial(find_not_finite, objective=objective)
+    )
+    train_step = self.parallel.compile_step(
+      make_train_step(
+        objective,
+        config.optimizer,
+        skip_nonfinite=train.skip_nonfinite,
+        spike_sigmas=train.spike_sigmas,
+      )
+    )
+    self._peak = hardware.peak_flops_per_second(
+      jax.devices(), config.model.compute_dtype, train.peak_flops_per_second
+    )
+    with CheckpointStore(
+      self.run.checkpoints_path, train.keep_latest, train.keep_every_steps, self.best_metric
+    ) as self.store:
+      state, start_step = self._first_state()
+      with (
+        ProgressDisplay(
+          self.num_steps, start_step, is_enabled=self.parallel.process_index == 0
+        ) as display,
+        stop_signals(display.say) as is_stop_requested,
+        self._profiler() as profiler,
+        self._metrics_writer(start_step) as self._writer,
+        contextlib.closing(prefetch(self._placed_batches(start_step), 2)) as batches,
+      ):
+        loop = Loop(
+          train_step=train_step,
+          num_steps=self.num_steps,
+          events=self.events(),
+          save=self._save,
+          save_every_steps=config.save_every_steps or self.num_steps,
+          write=self._write,
+          show=lambda step, line: display.update(step, **line),
+          status=display.status,
+          log_every_steps=train.log_every_steps,
+          flops_per_token=hardware.flops_per_token(config.model, self.row_size()[1]),
+          peak_flops_per_second=self._peak.flops_per_second,
+          max_bad_steps=train.max_bad_steps,
+          diagnose=self._diagnose,
+          should_stop=lambda step: self._agree(step, is_stop_requested()) or self.should_end(),
+          profile=profiler.before_step,
+        )
+        state, step = loop.run(state, batches, start_step)
+      is_done = step == self.num_steps or self.should_end()
+      if is_done:
+        self.finish(state, step)
+    self.write_report()
+    done = "done" if is_done else "stopped; the same command goes on from here"
+    say(f"step {step} of {self.num_steps}, {done}: {self.run.path}")
+
+  def finish(self, state: TrainState, step: int) -> None:
+    """Runs once after the last update, with everything saved or being saved."""
+
+  def _agree(self, step: int, is_wanted: bool) -> bool:
+    """Says whether a process was asked to stop; several ask each other now and then."""
+    if self.parallel.process_count > 1 and step % self.config.train.log_every_steps:
+      return False
+    return self.parallel.agree(is_wanted)
+
+  def _profiler(self) -> Profiler:
+    train = self.config.train
+    return Profiler(f"{self.run.path}/profile", train.profile_start_step, train.profile_num_steps)
+
+  def _describe(self) -> None:
+    config, model = self.config, self.config.model
+    num_rows, row_tokens = self.row_size()
+    estimate = hardware.memory_estimate(
+      model,
+      config.optimizer,
+      dataclasses.replace(config.train, batch_rows=num_rows),
+      num_devices=self.parallel.num_devices,
+      row_tokens=row_tokens,
+    )
+    say(
+      f"model: {report.format_count(count_parameters(model))} parameters, {model.num_layers} layers"
+      f" x {model.model_dim}, context {model.context_length}"
+    )
+    say(
+      f"run: {self.num_steps:,} steps of {num_rows} rows, seed {config.seed}, on"
+      f" {self.parallel.num_devices} {jax.devices()[0].device_kind} devices ({config.train.mode});"
+      f" about {report.format_bytes(estimate.total)} of memory each"
+    )
+    room = hardware.available_bytes(jax.local_devices()[0])
+    if room and estimate.total > room:
+      say(
+        f"warning: that is more than the {report.format_bytes(room)} there are; lower"
+        " train.batch_rows, raise train.accumulation, or set model.remat, train.loss_chunk_tokens"
+      )
+
+  def abstract_state(self) -> PyTree:
+    """Describes the state of the run, for restoring it."""
+    return self.parallel.abstract_state(self._init, jax.random.key(self.config.seed))
+
+  def _init(self, key: jax.Array) -> TrainState:
+    init_key, run_key = jax.random.split(key)
+    return init_state(
+      self.init_params(init_key), self.config.optimizer, self.hyperparameters(), run_key
+    )
+
+  def _first_state(self) -> tuple[TrainState, int]:
+    """Goes on from the newest whole checkpoint, or starts from init_from or from scratch."""
+    restored = self.store.restore_latest(self.abstract_state())
+    if restored is not None:
+      for line in restored.skipped:
+        say(line)
+      if self.parallel.process_index == 0:
+        self.run.drop_after(restored.step)
+        self.seconds_before = max((line["seconds"] for line in self.run.read_metrics()), default=0)
+      say(f"resuming after step {restored.step}")
+      return self.parallel.from_saved(restored.state), restored.step
+    state = self.parallel.init_state(self._init, jax.random.key(self.config.seed))
+    if self.config.init_from:
+      with ending_together(self.parallel):
+        params = self.load_initial(state.params)
+      ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
+      state = state.replace(params=params, ema=ema)
+    return state, 0
+
+  def _placed_batches(self, start_step: int) -> Iterator[Any]:
+    for batch in self.batches(start_step):
+      yield self.parallel.shard_batch(batch, self.config.train.accumulation)
+
+  def _metrics_writer(self, start_step: int) -> MetricsWriter:
+    is_first = self.parallel.process_index == 0
+    with ending_together(self.parallel):
+      trackers = make_trackers(
+        self.config.train.trackers if is_first else (),
+        str(self.run.path),
+        config_lib.to_json(self.config),
+        resume_step=start_step,
+      )
+    return MetricsWriter(self.run.append_metrics if is_first else lambda line: None, trackers)
+
+  def _write(self, step: int, line: Line) -> None:
+    if not self.config.train.z_loss:
+      line = {name: value for name, value in line.items() if name != "train_z_loss"}
+    self._writer.write(step, **line, seconds=self.seconds())
+
+  def seconds(self) -> float:
+    """Returns the time that the run has taken so far, in all of its processes."""
+    return self.seconds_before + time.time() - self.started
+
+  def sample_events(self) -> list[Event]:
+    """Returns the event that continues prompts, if the config asks for it."""
+    if not self.config.eval.has_samples:
+      return []
+    return [Event(self.config.eval.every_steps, self._sample, "sampling")]
+
+  def _sample(self, step: int, state: TrainState) -> None:
+    config = self.config.eval
+    new_tokens = sample_long(
+      self.parallel.for_decoding(self.model_params(state)),
+      self.config.model,
+      self._prompts,
+      max_new_tokens=config.sample_tokens,
+      temperature=config.sample_temperature,
+      key=jax.random.fold_in(jax.random.key(self.config.seed), step),
+      num_ids=self.tokenizer.vocab_size,
+    )
+    if self.parallel.process_index == 0:
+      for prompt, row in zip(config.sample_prompts, new_tokens):
+        self.run.append_samples(step, prompt + self.tokenizer.decode(row.tolist()))
+
+  def _save(self, step: int, state: TrainState, line: Line) -> None:
+    metrics = {self.best_metric: line[self.best_metric]} if self.best_metric in line else {}
+    self.store.save(step, self.parallel.for_saving(state), metrics, force=True)
+    self.write_report()
+
+  def _diagnose(self, state: TrainState, batch: Any) -> str:
+    return describe_not_finite(self.parallel.to_host(self._find_not_finite(state, batch)))
+
+  def write_report(self) -> None:
+    """Rebuilds report.html from what the run directory holds."""
+    if self.parallel.process_index:
+      return
+    prompts = self.config.eval.sample_prompts
+    samples = []
+    for step, text in self.run.read_samples():
+      prompt = max((p for p in prompts if text.startswith(p)), key=len, default="")
+      samples.append((step, prompt, text[len(prompt) :]))
+    self.run.flush()
+    metrics = self.run.read_metrics()
+    page = self.report_page(
+      metrics,
+      samples=samples,
+      facts={"Parameters": report.format_count(count_parameters(self.config.model))},
+      config_json=config_lib.to_json(self.config),
+      environment=report.environment(jax.devices()),
+      notes=self._notes(metrics),
+    )
+    self.run.write_report(page)
+
+  def _notes(self, metrics: list[dict[str, Any]]) -> list[str]:
+    notes = []
+    if self._peak.flops_per_second:
+      peak = report.format_count(self._peak.flops_per_second)
+      notes.append(f"MFU is counted against {peak} FLOP/s: {self._peak.source}.")
+    skipped = max((line["skipped"] for line in metrics if "skipped" in line), default=0)
+    if skipped:
+      notes.append(f"{skipped} bad updates were skipped.")
+    return notes
