@@ -20,7 +20,7 @@ def metrics(loss, in_row):
 class Recorder:
   """Runs a loop whose state is the number of updates done."""
 
-  def __init__(self, num_steps=10, stop_at=None, bad_from=None):
+  def __init__(self, num_steps=10, stop_at=None, bad_from=None, enough_at=None):
     self.lines, self.saves, self.sampled, self.diagnosed = [], [], [], []
 
     def train_step(state, batch):
@@ -45,6 +45,7 @@ class Recorder:
       max_bad_steps=3,
       diagnose=lambda state, batch: self.diagnosed.append(batch) or "nothing found",
       should_stop=lambda step: step == stop_at,
+      is_enough=lambda step, line: line["valid_loss"] == 1 and step == enough_at,
     )
 
   def run(self):
@@ -71,6 +72,14 @@ def test_a_stop_at_the_last_update_ends_the_run_as_always():
   assert run.run() == 10
   assert run.lines[-1] == (10, True)
   assert run.sampled == [5, 10] and run.saves == [10]
+
+
+def test_what_is_enough_is_asked_of_evaluations_and_saves():
+  run = Recorder(enough_at=5)
+  assert run.run() == 5
+  assert run.lines == [(3, False), (5, True)]
+  assert run.saves == [5] and run.sampled == [5]
+  assert Recorder(enough_at=6).run() == 10
 
 
 @pytest.mark.parametrize("bad_from", [1, 4])

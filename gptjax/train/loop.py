@@ -63,6 +63,8 @@ class Loop:
     max_bad_steps: skipped updates in a row that end the run.
     diagnose: `diagnose(state, batch) -> str` names what went bad.
     should_stop: asked after every update, with its number; True saves and ends the run.
+    is_enough: asked after every step that was measured, with its number and line; True too saves
+      and ends the run.
     profile: `profile(step)` is told each update before it starts.
   """
 
@@ -80,6 +82,7 @@ class Loop:
   max_bad_steps: int
   diagnose: Callable[[TrainState, Any], str]
   should_stop: Callable[[int], bool]
+  is_enough: Callable[[int, Line], bool] = lambda step, line: False
   profile: Callable[[int], None] = lambda step: None
 
   def run(
@@ -112,13 +115,15 @@ class Loop:
       pending = (step, metrics, batch)
       is_stopped = self.should_stop(step) and step < self.num_steps
       due = [event for event in self.events if event.is_due(step, self.num_steps)]
-      is_save_due = step % self.save_every_steps == 0 or step == self.num_steps or is_stopped
-      if due or is_save_due or step == start_step + 1:
+      is_save_due = step % self.save_every_steps == 0 or step == self.num_steps
+      if due or is_save_due or is_stopped or step == start_step + 1:
         line = self._look(*pending, clock, state, is_logged=bool(due))
         pending = None
         if due:
           self._run_events([] if is_stopped else due, step, state, line)
-        if is_save_due:
+        if any(event.measures for event in due) and not is_stopped:
+          is_stopped = self.is_enough(step, line)
+        if is_save_due or is_stopped:
           self.status("saving")
           self.save(step, state, line)
         clock.restart()
