@@ -49,8 +49,40 @@ def test_only_what_is_new_is_run():
   assert tab.open(PROMPT) == 8
   assert tab.open(PROMPT) == 0
   assert tab.open([*PROMPT, 7]) == 1
-  assert tab.open(PROMPT[:4]) == 1
+  assert tab.open(PROMPT[:4]) == 0
+  # The longer text is not forgotten by looking at the shorter one.
+  assert tab.num_known([*PROMPT, 7]) == 9
   assert tab.open([*PROMPT[:2], *range(20)]) == 20
+
+
+def test_a_prompt_in_blocks_and_at_its_beginning_is_read_as_at_once():
+  """20 and 13 tokens, in blocks of 16 and 16, and 16; then the 20 again."""
+  long = [*PROMPT, *range(12)]
+  generator = make_generator()
+  tab, fresh = Continuations(generator), Continuations(generator)
+  tab.open(long[:13])
+  tab.open(long)
+  tab.open(long[:13])
+  fresh.open(long[:13])
+  for n in (13, 20):
+    for one in (tab, fresh):
+      one.open(long[:n])
+    np.testing.assert_allclose(tab.surprise(), fresh.surprise(), rtol=1e-4)
+    assert [x.tokens for x in tab.options(3, 4)] == [x.tokens for x in fresh.options(3, 4)]
+
+
+def test_first_tokens_are_among_those_allowed():
+  tab = Continuations(make_generator())
+  tab.open(PROMPT)
+  every = {one.token: one.probability for one in tab.next_tokens(61)}
+  only_V = np.zeros(61, bool)
+  only_V[[7, 11]] = True
+  found = tab.options(3, 4, only_V)
+  assert {one.tokens[0] for one in found} == {7, 11}
+  share = {token: every[token] / (every[7] + every[11]) for token in (7, 11)}
+  for one in (*found, *tab.next_tokens(5, only_V=only_V)):
+    token = one.tokens[0] if hasattr(one, "tokens") else one.token
+    np.testing.assert_allclose(one.probability, share[token], rtol=1e-4)
 
 
 def test_a_second_press_compiles_nothing():
