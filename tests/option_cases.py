@@ -80,6 +80,8 @@ REFUSED = [
   ({"num_return_sequences": 5, "num_beams": 4}, "more than num_beams=4"),
   ({"draft_model": "a", "prompt_lookup_num_tokens": 2}, "give one of them"),
   ({"draft_model": "a", "num_beams": 2}, "cannot be combined with draft_model"),
+  ({"draft_model": "a", "allowed_tokens": max}, "allowed_tokens is asked before each token"),
+  ({"prompt_lookup_num_tokens": 2, "allowed_tokens": max}, "speculation guesses several"),
   ({"prompt_lookup_num_tokens": 2, "num_beams": 2}, "prompt_lookup_num_tokens"),
   ({"beyond_context": "slide", "num_beams": 2}, "greedy search and sampling only"),
   ({"max_length": 9, "max_new_tokens": 4}, "max_length=9 counts the prompt"),

@@ -93,6 +93,39 @@ def test_a_stop_text_across_tokens_ends_the_row_and_is_cut():
   assert streamed == out.texts[0]
 
 
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"do_sample": True, "seed": 3, "num_return_sequences": 2},
+    {"num_beams": 3, "no_repeat_ngram_size": 2, "eos_token_id": 7, "num_return_sequences": 2},
+  ],
+)
+def test_a_function_says_what_may_follow_each_prompt(options):
+  """Asked before each token, by another program; where it allows all, the text is the same."""
+  model = make_model()
+  free = model.generate(PROMPTS, max_new_tokens=7, **options)
+  all_ids = range(model.config.vocab_size)
+  asked = model.generate(
+    PROMPTS, max_new_tokens=7, allowed_tokens=lambda prompt, ids: all_ids, **options
+  )
+  np.testing.assert_array_equal(asked.tokens, free.tokens)
+  np.testing.assert_allclose(asked.logprobs, free.logprobs, rtol=SAME, atol=SAME)
+
+  def allow(prompt, ids):
+    assert ids[: len(PROMPTS[prompt])] == PROMPTS[prompt]
+    return [(len(ids) + prompt) % 20, 20 + (len(ids) + prompt) % 20]
+
+  out = model.generate(PROMPTS, max_new_tokens=7, allowed_tokens=allow, **options)
+  assert (out.tokens[0] != free.tokens[0]).any()
+  copies = options.get("num_return_sequences", 1)
+  for row, num_new in enumerate(out.num_new):
+    start = len(PROMPTS[row // copies])
+    for place in range(start, start + num_new):
+      ids = out.tokens[row, :place].tolist()
+      assert out.tokens[row, place] in allow(row // copies, ids)
+
+
 def test_an_end_token_ends_the_row():
   model = make_model()
   plain = model.generate([PROMPTS[0]], max_new_tokens=7).tokens[0, 9:]

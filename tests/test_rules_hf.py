@@ -5,8 +5,10 @@ import types
 import numpy as np
 import pytest
 
+from gptjax.generate.constraint import make_constraint
 from gptjax.generate.options import parse_options
-from gptjax.generate.rules import apply_rules, make_rules, open_callbacks
+from gptjax.generate.rules import apply_rules, make_rules
+from gptjax.generate.sampling import Controls
 
 pytestmark = pytest.mark.hf
 
@@ -77,19 +79,20 @@ def ours(given, scores_RV, tokens_RL, prompt_length, max_length, num_beams):
   options, num_rows = parse_options(given), len(tokens_RL)
   tokens_RS = np.pad(tokens_RL, ((0, 0), (0, 5)), constant_values=1).astype(np.int32)
   minimum = prompt_length + options.min_new_tokens if options.min_new_tokens else options.min_length
-  with open_callbacks([options] * num_rows) as callback_R:
-    rules = make_rules(
+  controls = Controls(
+    rules=make_rules(
       [options] * num_rows,
       model_end_id=MODEL_END,
       min_length_R=[minimum] * num_rows,
       limit_R=[max_length] * num_rows,
-      prompt_R=np.arange(num_rows) // num_beams,
-      callback_R=callback_R,
       num_beams=num_beams,
     )
-    length_R = np.full(num_rows, tokens_RL.shape[1], np.int32)
-    prompt_length_R = np.full(num_rows, prompt_length, np.int32)
-    return np.asarray(apply_rules(scores_RV, tokens_RS, length_R, prompt_length_R, rules))
+  )
+  length_R = np.full(num_rows, tokens_RL.shape[1], np.int32)
+  prompt_length_R = np.full(num_rows, prompt_length, np.int32)
+  if constraint := make_constraint(options, np.arange(num_rows) // num_beams, VOCAB):
+    controls = constraint.apply(controls, tokens_RS, length_R, length_R > 0)
+  return np.asarray(apply_rules(scores_RV, tokens_RS, length_R, prompt_length_R, controls.rules))
 
 
 def random_case(rng, names):

@@ -100,11 +100,10 @@ RULES = {
     "forced_bos_token_id": 60,
     "top_logprobs": 3,
   },
-  "callback": {"allowed_tokens": lambda prompt, ids: [(ids[-1] + prompt + k) % 61 for k in (1, 4)]},
 }
 
 
-@pytest.mark.parametrize("rules", ["logits", "ends", slow("callback")])
+@pytest.mark.parametrize("rules", RULES)
 def test_rules_see_the_tokens_before_each_guess(rules):
   generator = make_generator()
   expected = generate(generator, **RULES[rules])

@@ -153,22 +153,40 @@ def search(
   Returns:
     The W finished texts of each prompt; num_return_sequences of them are the first.
   """
-  state = _start(tokens_BS, prompt_length_B, stop_state, plan)
-  logits_BWV = jnp.repeat(first_logits_BV[:, None], plan.num_beams, axis=1)
-  state = _choose(state, logits_BWV, game, plan)
+  state = start(tokens_BS, prompt_length_B, stop_state, first_logits_BV, game, plan)
 
   def body(carry):
-    state, memory = carry
-    last_BW1 = state.running.length_BW[:, :, None] - 1
-    token_BW = jnp.take_along_axis(state.running.tokens_BWS, last_BW1, axis=2)[:, :, 0]
-    logits_BWV, memory = extend(token_BW, state.parent_BW, state.num_new, memory)
-    return _choose(state, logits_BWV, game, plan), memory
+    return step(*carry, extend, game, plan)
 
   state, _ = jax.lax.while_loop(lambda carry: ~carry[0].is_done_B.all(), body, (state, memory))
   return state.finished
 
 
-def _start(tokens_BS, prompt_length_B, stop_state, plan: BeamPlan) -> Search:
+def start(
+  tokens_BS: jax.Array,
+  prompt_length_B: jax.Array,
+  stop_state: Any,
+  first_logits_BV: jax.Array,
+  game: Game,
+  plan: BeamPlan,
+) -> Search:
+  """Gives the beams of each prompt their first tokens; arguments as for `search`."""
+  state = _seed(tokens_BS, prompt_length_B, stop_state, plan)
+  logits_BWV = jnp.repeat(first_logits_BV[:, None], plan.num_beams, axis=1)
+  return _choose(state, logits_BWV, game, plan)
+
+
+def step(
+  state: Search, memory: Any, extend: Callable, game: Game, plan: BeamPlan
+) -> tuple[Search, Any]:
+  """Gives every beam one more token; arguments as for `search`."""
+  last_BW1 = state.running.length_BW[:, :, None] - 1
+  token_BW = jnp.take_along_axis(state.running.tokens_BWS, last_BW1, axis=2)[:, :, 0]
+  logits_BWV, memory = extend(token_BW, state.parent_BW, state.num_new, memory)
+  return _choose(state, logits_BWV, game, plan), memory
+
+
+def _seed(tokens_BS, prompt_length_B, stop_state, plan: BeamPlan) -> Search:
   """Returns W copies of each prompt, of which only the first is in the game."""
   (num_prompts, _), num_beams = tokens_BS.shape, plan.num_beams
 

@@ -119,6 +119,11 @@ def _check_strategy(options: DecodingOptions) -> None:
   if chosen in ("draft", "lookup") and beams > 1:
     guesser = "draft_model" if chosen == "draft" else "prompt_lookup_num_tokens"
     raise ConfigError(f"num_beams={beams} cannot be combined with {guesser}; leave one out")
+  if chosen in ("draft", "lookup") and options.allowed_tokens is not None:
+    raise ConfigError(
+      "allowed_tokens is asked before each token, and speculation guesses several; leave"
+      " allowed_tokens, or draft_model and prompt_lookup_num_tokens, out"
+    )
   if options.beyond_context == "slide" and chosen not in ("greedy", "sample"):
     raise ConfigError(
       'beyond_context="slide" works with greedy search and sampling only; leave it out, or'

@@ -1,5 +1,6 @@
 """Generator: prompts and options in, texts out. Prepares weights once and picks the programs."""
 
+import collections
 import dataclasses
 import functools
 import secrets
@@ -14,8 +15,10 @@ from gptjax.errors import ConfigError, DataError
 from gptjax.generate import programs, sampling
 from gptjax.generate.beams import LENGTH as BEAMS_LENGTH
 from gptjax.generate.beams import BeamPlan, make_ranking
+from gptjax.generate.beams import Texts as BeamTexts
 from gptjax.generate.candidates import Sampling, make_sampling
 from gptjax.generate.checks import Lengths, check_options, resolve_lengths
+from gptjax.generate.constraint import Constraint, make_constraint
 from gptjax.generate.kernels import prepare
 from gptjax.generate.options import (
   DecodingOptions,
@@ -24,7 +27,7 @@ from gptjax.generate.options import (
   remove_padding,
   strategy,
 )
-from gptjax.generate.rules import make_rules, open_callbacks, pad_lists
+from gptjax.generate.rules import make_rules, pad_lists
 from gptjax.generate.sampling import Controls, Texts
 from gptjax.generate.speculation import Draft
 from gptjax.generate.stopping import Stops, StopStrings, count_undecided, cut_at_stop
@@ -131,17 +134,15 @@ class Generator:
         the vocabulary, or text without a tokenizer.
     """
     ids, options, lengths = self.read(prompts, options)
-    copies = options.num_return_sequences
     seed = draw_seed(options)
-    num_rows = len(ids) * max(copies, options.num_beams)
-    with open_callbacks([options] * num_rows) as callbacks, _exact():
-      run = {
-        "beams": self._search_beams,
-        "beam_sample": self._search_beams,
-        "lookup": self._speculate,
-        "draft": self._speculate,
-      }.get(strategy(options), self._sample)
-      rows = run(ids, options, lengths, seed, callbacks)
+    run = {
+      "beams": self._search_beams,
+      "beam_sample": self._search_beams,
+      "lookup": self._speculate,
+      "draft": self._speculate,
+    }.get(strategy(options), self._sample)
+    with _exact():
+      rows = run(ids, options, lengths, seed)
     return self._answer(ids, rows, options, seed)
 
   def stream(self, prompt: Any, options: DecodingOptions) -> Iterator[Piece]:
@@ -163,26 +164,17 @@ class Generator:
     return self._stream(ids, options, lengths)
 
   def _stream(self, ids, options: DecodingOptions, lengths: Lengths) -> Iterator[Piece]:
-    with open_callbacks([options]) as callbacks:
-      seed = draw_seed(options)
-      prompts_PL, texts, controls = self._set_up(ids, options, lengths, seed, callbacks)
-      # The precision is set call by call: between two pieces the caller has its own.
-      with _exact():
-        texts, cache = programs.start(self.weights, prompts_PL, texts, controls, self.config)
-      writer = _Writer(self.tokenizer, options.stop)
-      while True:
-        length, finish = int(texts.length_R[0]), int(texts.finish_R[0])
-        token = int(texts.tokens_RS[0, length - 1])
-        logprob = float(texts.logprobs_RS[0, length - 1])
-        text = writer.step(
-          token, is_last=finish != sampling.RUNNING, is_end=finish == sampling.END_TOKEN
-        )
-        reason = None if finish == sampling.RUNNING else _REASONS[finish]
-        yield Piece(text, token, logprob, reason)
-        if reason:
-          return
-        with _exact():
-          texts, cache = programs.step(self.weights, texts, cache, controls, self.config)
+    seed = draw_seed(options)
+    writer = _Writer(self.tokenizer, options.stop)
+    for texts in self._steps(*self._set_up(ids, options, lengths, seed)):
+      length, finish = int(texts.length_R[0]), int(texts.finish_R[0])
+      token = int(texts.tokens_RS[0, length - 1])
+      logprob = float(texts.logprobs_RS[0, length - 1])
+      text = writer.step(
+        token, is_last=finish != sampling.RUNNING, is_end=finish == sampling.END_TOKEN
+      )
+      reason = None if finish == sampling.RUNNING else _REASONS[finish]
+      yield Piece(text, token, logprob, reason)
 
   def read(self, prompts: Any, options: DecodingOptions):
     """Checks what was given; returns (ids of each prompt, options all looked up, lengths)."""
@@ -227,9 +219,13 @@ class Generator:
     return array.tolist()
 
   def _set_up(
-    self, ids, options, lengths: Lengths, seed: int, callbacks, prompt_R=None
-  ) -> tuple[np.ndarray, Texts, Controls]:
-    """Makes what the programs of greedy search and sampling take."""
+    self, ids, options, lengths: Lengths, seed: int, first_prompt: int = 0
+  ) -> tuple[np.ndarray, Texts, Controls, Constraint | None]:
+    """Makes what the programs of greedy search and sampling take, and what constrains them.
+
+    Args:
+      first_prompt: number of the first of the prompts.
+    """
     copies = options.num_return_sequences
     num_rows = len(ids) * copies
     prompts_PL = self._pad(ids)
@@ -237,7 +233,8 @@ class Generator:
     num_slots = programs.bucket(int(limit_R.max()), self.config.context_length)
     tokens_RS = np.zeros((num_rows, max(num_slots, prompts_PL.shape[1])), np.int32)
     tokens_RS[:, : prompts_PL.shape[1]] = np.repeat(prompts_PL, copies, axis=0)
-    stops, stop_state_RZ = self._stops(options, np.repeat(np.arange(len(ids)), copies), ids)
+    prompt_R = np.repeat(np.arange(len(ids)), copies)
+    stops, stop_state_RZ = self._stops(options, prompt_R, ids)
     texts = sampling.new_texts(
       tokens_RS,
       np.repeat(np.array([len(row) for row in ids], np.int32), copies),
@@ -252,37 +249,59 @@ class Generator:
         model_end_id=None,
         min_length_R=np.repeat(lengths.min_lengths, copies),
         limit_R=limit_R,
-        prompt_R=np.repeat(np.arange(len(ids)), copies) if prompt_R is None else prompt_R,
-        callback_R=callbacks,
       ),
       sampling=self._sampling(options, num_rows),
       end_RE=pad_lists([options.eos_token_id] * num_rows),
       stops=stops,
     )
-    return prompts_PL, texts, controls
+    constraint = make_constraint(options, first_prompt + prompt_R, self.config.vocab_size)
+    return prompts_PL, texts, controls, constraint
 
-  def _sample(self, ids, options, lengths: Lengths, seed: int, callbacks) -> "_Rows":
+  def _sample(self, ids, options, lengths: Lengths, seed: int) -> "_Rows":
     if max(lengths.limits) > self.config.context_length:
-      return self._slide(ids, options, lengths, seed, callbacks)
-    prompts_PL, texts, controls = self._set_up(ids, options, lengths, seed, callbacks)
-    return _Rows.of(jax.device_get(self._run(prompts_PL, texts, controls)))
+      return self._slide(ids, options, lengths, seed)
+    return _Rows.of(jax.device_get(self._run(*self._set_up(ids, options, lengths, seed))))
 
-  def _run(self, prompts_PL: np.ndarray, texts: Texts, controls: Controls) -> Texts:
-    if controls.rules.callback_R is None:
+  def _run(
+    self, prompts_PL: np.ndarray, texts: Texts, controls: Controls, constraint: Constraint | None
+  ) -> Texts:
+    if constraint is None:
       return programs.sample(self.weights, prompts_PL, texts, controls, self.config)
-    # One dispatch a token: callbacks within a long loop on the device have been seen to hang.
-    texts, cache = programs.start(self.weights, prompts_PL, texts, controls, self.config)
-    while (np.asarray(texts.finish_R) == sampling.RUNNING).any():
-      texts, cache = programs.step(self.weights, texts, cache, controls, self.config)
-    return texts
+    [last] = collections.deque(self._steps(prompts_PL, texts, controls, constraint), maxlen=1)
+    return last
 
-  def _speculate(self, ids, options, lengths: Lengths, seed: int, callbacks) -> "_Rows":
+  def _steps(
+    self, prompts_PL: np.ndarray, texts: Texts, controls: Controls, constraint: Constraint | None
+  ) -> Iterator[Texts]:
+    """Yields the rows after each token, until all have ended."""
+
+    def constrain() -> Controls:
+      if constraint is None:
+        return controls
+      tokens_RS, length_R, finish_R = map(
+        np.asarray, (texts.tokens_RS, texts.length_R, texts.finish_R)
+      )
+      return constraint.apply(controls, tokens_RS, length_R, finish_R == sampling.RUNNING)
+
+    # The precision is set call by call: between two tokens of a stream the caller has its own.
+    with _exact():
+      texts, cache = programs.start(self.weights, prompts_PL, texts, constrain(), self.config)
+    yield texts
+    while (np.asarray(texts.finish_R) == sampling.RUNNING).any():
+      with _exact():
+        texts, cache = programs.step(self.weights, texts, cache, constrain(), self.config)
+      yield texts
+
+  def _speculate(self, ids, options, lengths: Lengths, seed: int) -> "_Rows":
     draft = None
     if options.draft_model is not None:
       draft = self._check_draft(options.draft_model, max(lengths.limits))
+    prompts_PL, texts, controls, _ = self._set_up(ids, options, lengths, seed)
     texts, num_rounds_R = programs.speculate(
       self.weights,
-      *self._set_up(ids, options, lengths, seed, callbacks),
+      prompts_PL,
+      texts,
+      controls,
       draft,
       options.prompt_lookup_num_tokens if draft is None else options.num_draft_tokens,
       self.config,
@@ -307,7 +326,7 @@ class Generator:
       )
     return Draft(draft.weights, its)
 
-  def _search_beams(self, ids, options, lengths: Lengths, seed: int, callbacks) -> "_Rows":
+  def _search_beams(self, ids, options, lengths: Lengths, seed: int) -> "_Rows":
     num_prompts, num_beams = len(ids), options.num_beams
     num_rows = num_prompts * num_beams
     prompts_BL = self._pad(ids)
@@ -320,28 +339,27 @@ class Generator:
         model_end_id=None,
         min_length_R=np.repeat(lengths.min_lengths, num_beams),
         limit_R=np.repeat(lengths.limits, num_beams),
-        prompt_R=np.repeat(np.arange(num_prompts), num_beams),
-        callback_R=None if callbacks is None else callbacks[:num_rows],
         num_beams=num_beams,
       ),
       sampling=self._sampling(options, num_rows),
       end_RE=pad_lists([options.eos_token_id] * num_prompts),
       stops=stops,
     )
-    beams = programs.search_beams(
-      self.weights,
-      prompts_BL,
+    task = programs.BeamTask(
       prompt_length_B,
       max_new_B,
-      stop_state_BZ,
       make_ranking(options.length_penalty, options.early_stopping),
       controls,
       _prompt_keys(seed, num_prompts),
-      BeamPlan(num_beams, len(options.eos_token_id), is_sampled(options)),
-      programs.bucket(int(max_new_B.max())),
-      self.config,
     )
-    beams = jax.device_get(beams)
+    plan = BeamPlan(num_beams, len(options.eos_token_id), is_sampled(options))
+    num_new_slots = programs.bucket(int(max_new_B.max()))
+    constraint = make_constraint(
+      options, np.repeat(np.arange(num_prompts), num_beams), self.config.vocab_size
+    )
+    beams = jax.device_get(
+      self._run_beams(prompts_BL, stop_state_BZ, task, plan, num_new_slots, constraint)
+    )
     wanted = options.num_return_sequences
 
     def rows(array_BW):
@@ -362,21 +380,57 @@ class Generator:
     )
     return dataclasses.replace(found, alternatives=jax.device_get(alternatives))
 
-  def _slide(self, ids, options, lengths: Lengths, seed: int, callbacks) -> "_Rows":
+  def _run_beams(
+    self, prompts_BL: np.ndarray, stop_state_BZ, task, plan, num_new_slots: int, constraint
+  ) -> BeamTexts:
+    if constraint is None:
+      return programs.search_beams(
+        self.weights, prompts_BL, stop_state_BZ, task, plan, num_new_slots, self.config
+      )
+
+    def constrain(tokens_BWS, length_BW, is_done_B) -> programs.BeamTask:
+      tokens_RS = np.asarray(tokens_BWS).reshape(-1, tokens_BWS.shape[-1])
+      is_running_R = np.repeat(~np.asarray(is_done_B), plan.num_beams)
+      length_R = np.asarray(length_BW).reshape(-1)
+      return task.replace(
+        controls=constraint.apply(task.controls, tokens_RS, length_R, is_running_R)
+      )
+
+    def copies(array):
+      return np.repeat(array[:, None], plan.num_beams, axis=1)
+
+    first = constrain(
+      copies(prompts_BL), copies(task.prompt_length_B), np.zeros(len(prompts_BL), bool)
+    )
+    state, tree = programs.start_beams(
+      self.weights, prompts_BL, stop_state_BZ, first, plan, num_new_slots, self.config
+    )
+    while not np.asarray(state.is_done_B).all():
+      running = state.running
+      state, tree = programs.step_beams(
+        self.weights,
+        state,
+        tree,
+        constrain(running.tokens_BWS, running.length_BW, state.is_done_B),
+        prompts_BL.shape[1],
+        plan,
+        self.config,
+      )
+    return state.finished
+
+  def _slide(self, ids, options, lengths: Lengths, seed: int) -> "_Rows":
     """Generates beyond the context: whenever it is full, the last half of it is kept.
 
     Rules on earlier tokens see the window; penalties count what is new in it.
 
     Each row goes by itself, since rows of unlike lengths slide at unlike places.
     """
-    copies = options.num_return_sequences
-    rows = []
-    for index in range(len(ids) * copies):
-      callback = None if callbacks is None else callbacks[index : index + 1]
-      rows.append(self._slide_one(ids, index, options, lengths, seed, callback))
-    return _Rows.stack(rows)
+    num_rows = len(ids) * options.num_return_sequences
+    return _Rows.stack(
+      [self._slide_one(ids, index, options, lengths, seed) for index in range(num_rows)]
+    )
 
-  def _slide_one(self, ids, index: int, options, lengths: Lengths, seed, callback) -> "_Rows":
+  def _slide_one(self, ids, index: int, options, lengths: Lengths, seed: int) -> "_Rows":
     context, prompt = self.config.context_length, index // options.num_return_sequences
     if context < 2:
       raise ConfigError("a model with a context of 1 token has no window to slide")
@@ -389,13 +443,13 @@ class Generator:
       offset = total - len(window)
       part = Lengths((max(0, min_length - offset),), (min(limit - offset, context),))
       here = _within_text(single, is_first=offset == 0, is_last=offset + part.limits[0] == limit)
-      prompts_PL, texts, controls = self._set_up(
-        [window.tolist()], here, part, seed, callback, [prompt]
+      prompts_PL, texts, controls, constraint = self._set_up(
+        [window.tolist()], here, part, seed, prompt
       )
       stop_state = texts.stop_state_RZ if stop_state is None else stop_state
       keys = key_R if offset == 0 else jax.vmap(jax.random.fold_in, (0, None))(key_R, total)
       texts = texts.replace(keys_R=keys, stop_state_RZ=stop_state)
-      texts = self._run(prompts_PL, texts, controls)
+      texts = self._run(prompts_PL, texts, controls, constraint)
       stop_state = texts.stop_state_RZ
       whole = whole.join(_Rows.of(jax.device_get(texts)))
       total = int(whole.length_R[0])

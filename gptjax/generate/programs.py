@@ -10,11 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from gptjax.generate import sampling, speculation
-from gptjax.generate.beams import BeamPlan, Game, Ranking, search
-from gptjax.generate.beams import Texts as BeamTexts
-from gptjax.generate.branches import make_extend, plant
+from gptjax.generate import beams, sampling, speculation
+from gptjax.generate.beams import BeamPlan
+from gptjax.generate.branches import Tree, make_extend, plant
 from gptjax.generate.cache import Cache, prefill
 from gptjax.generate.candidates import shortlist
 from gptjax.generate.rules import apply_rules
@@ -98,28 +98,118 @@ def speculate(
   return speculation.run(weights, prompts_PL, texts, controls, draft, num_guesses, config)
 
 
+@struct.dataclass
+class BeamTask:
+  """What a beam search is told; rules and sampling of `controls` are of rows, the rest of prompts.
+
+  Attributes:
+    prompt_length_B, max_new_B: int32 tokens.
+    ranking: how finished texts compare.
+    controls: of the next token.
+    keys_B: random streams.
+  """
+
+  prompt_length_B: jax.Array
+  max_new_B: jax.Array
+  ranking: beams.Ranking
+  controls: Controls
+  keys_B: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames=("plan", "num_new_slots", "config"))
 def search_beams(
   weights: PyTree,
   prompts_BL: jax.Array,
-  prompt_length_B: jax.Array,
-  max_new_B: jax.Array,
   stop_state_BZ: jax.Array | None,
-  ranking: Ranking,
-  controls: Controls,
-  keys_B: jax.Array,
+  task: BeamTask,
   plan: BeamPlan,
   num_new_slots: int,
   config: ModelConfig,
-) -> BeamTexts:
-  """Beam search or beam-sample; rules and sampling of `controls` are of rows, the rest of prompts.
+) -> beams.Texts:
+  """Beam search or beam-sample.
 
   Args:
     num_new_slots: at least the largest of max_new_B.
   """
+  _report_beams("a beam search", prompts_BL, plan)
+  tokens_BS, first_BV, tree = _plant(weights, prompts_BL, task, plan, num_new_slots, config)
+  extend = _make_extend(weights, task, prompts_BL.shape[1], config)
+  game = _make_game(task, plan)
+  return beams.search(
+    tokens_BS, task.prompt_length_B, stop_state_BZ, first_BV, extend, tree, game, plan
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "num_new_slots", "config"))
+def start_beams(
+  weights: PyTree,
+  prompts_BL: jax.Array,
+  stop_state_BZ: jax.Array | None,
+  task: BeamTask,
+  plan: BeamPlan,
+  num_new_slots: int,
+  config: ModelConfig,
+) -> tuple[beams.Search, Tree]:
+  """The first step of `search_beams`; `step_beams` goes on."""
+  _report_beams("the first tokens of beams", prompts_BL, plan)
+  tokens_BS, first_BV, tree = _plant(weights, prompts_BL, task, plan, num_new_slots, config)
+  game = _make_game(task, plan)
+  return beams.start(tokens_BS, task.prompt_length_B, stop_state_BZ, first_BV, game, plan), tree
+
+
+@functools.partial(
+  jax.jit, static_argnames=("num_prompt_slots", "plan", "config"), donate_argnames=("state", "tree")
+)
+def step_beams(
+  weights: PyTree,
+  state: beams.Search,
+  tree: Tree,
+  task: BeamTask,
+  num_prompt_slots: int,
+  plan: BeamPlan,
+  config: ModelConfig,
+) -> tuple[beams.Search, Tree]:
+  """One more token of every beam; state and tree are donated."""
+  report("one more token of beams", prompts=len(task.max_new_B), beams=plan.num_beams)
+  extend = _make_extend(weights, task, num_prompt_slots, config)
+  return beams.step(state, tree, extend, _make_game(task, plan), plan)
+
+
+def _report_beams(program: str, prompts_BL: jax.Array, plan: BeamPlan) -> None:
+  num_prompts, num_slots = prompts_BL.shape
+  report(program, prompts=num_prompts, beams=plan.num_beams, slots=num_slots)
+
+
+def _plant(
+  weights: PyTree,
+  prompts_BL: jax.Array,
+  task: BeamTask,
+  plan: BeamPlan,
+  num_new_slots: int,
+  config: ModelConfig,
+) -> tuple[jax.Array, jax.Array, Tree]:
+  """Reads the prompts; returns (prompts with room, first logits [B, V], memory)."""
   (num_prompts, num_prompt_slots), num_beams = prompts_BL.shape, plan.num_beams
-  report("a beam search", prompts=num_prompts, beams=num_beams, slots=num_prompt_slots)
-  prompt_length_R = jnp.repeat(prompt_length_B, num_beams)
+  num_slots = num_prompt_slots + (num_new_slots - 1) * num_beams
+  hidden_BLD, cache = prefill(weights, prompts_BL, num_slots, config)
+  last_BD = hidden_BLD[jnp.arange(num_prompts), task.prompt_length_B - 1]
+  tree = plant(cache.keys, cache.values, task.prompt_length_B, num_prompt_slots, num_beams)
+  tokens_BS = jnp.pad(prompts_BL, ((0, 0), (0, num_new_slots)))
+  return tokens_BS, lm_logits(weights, last_BD, config), tree
+
+
+def _make_extend(
+  weights: PyTree, task: BeamTask, num_prompt_slots: int, config: ModelConfig
+) -> Callable:
+  def logits(hidden_XD):
+    return lm_logits(weights, hidden_XD, config)
+
+  return make_extend(weights, logits, task.prompt_length_B, num_prompt_slots, config)
+
+
+def _make_game(task: BeamTask, plan: BeamPlan) -> beams.Game:
+  controls = task.controls
+  prompt_length_R = jnp.repeat(task.prompt_length_B, plan.num_beams)
 
   def process(log_probs_RV, tokens_RS, length_R):
     scores_RV = apply_rules(log_probs_RV, tokens_RS, length_R, prompt_length_R, controls.rules)
@@ -128,7 +218,7 @@ def search_beams(
     return shortlist(scores_RV, controls.sampling, max(2, 1 + plan.num_end_tokens))
 
   def end(stop_state_RZ, token_R):
-    copies = len(token_R) // num_prompts
+    copies = len(token_R) // len(task.prompt_length_B)
     end_RE, stops = controls.end_RE, controls.stops
     if end_RE is not None:
       end_RE = jnp.repeat(end_RE, copies, axis=0)
@@ -136,18 +226,7 @@ def search_beams(
       stops = stops.replace(active_RZ=jnp.repeat(stops.active_RZ, copies, axis=0))
     return sampling.find_end(stop_state_RZ, token_R, end_RE, stops)
 
-  def logits(hidden_XD):
-    return lm_logits(weights, hidden_XD, config)
-
-  num_slots = num_prompt_slots + (num_new_slots - 1) * num_beams
-  hidden_BLD, cache = prefill(weights, prompts_BL, num_slots, config)
-  last_BD = hidden_BLD[jnp.arange(num_prompts), prompt_length_B - 1]
-  tree = plant(cache.keys, cache.values, prompt_length_B, num_prompt_slots, num_beams)
-  extend = make_extend(weights, logits, prompt_length_B, num_prompt_slots, config)
-  tokens_BS = jnp.pad(prompts_BL, ((0, 0), (0, num_new_slots)))
-  game = Game(process, end, ranking, max_new_B, keys_B)
-  first_BV = logits(last_BD)
-  return search(tokens_BS, prompt_length_B, stop_state_BZ, first_BV, extend, tree, game, plan)
+  return beams.Game(process, end, task.ranking, task.max_new_B, task.keys_B)
 
 
 @functools.partial(jax.jit, static_argnames=("num_alternatives", "config"))

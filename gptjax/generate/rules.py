@@ -8,10 +8,8 @@ Lists are padded with -1 to a power of two, so that few shapes are compiled.
 R counts rows, S their slots, W the longest run of tokens, N runs of one row, E end tokens.
 """
 
-import contextlib
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from gptjax.errors import ConfigError
 from gptjax.generate.options import DecodingOptions, end_ids
 
 Array = Any  # numpy as made, jax in a program
@@ -36,7 +33,7 @@ class Rules:
     ngram_R: int32 size of runs that may not come twice; 0 is off.
     bad_RNW: int32 runs that may not be completed.
     end_RE, min_length_R: no token of end_RE before the row is that long, prompt included.
-    callback_R, prompt_R: handle of `open_callbacks` or 0; number of the row's prompt.
+    allowed_RV: bool, which tokens a `Constraint` lets follow.
     forced_first_R: int32 first new token; -1 is none.
     forced_last_RE, limit_R: int32 tokens, one of which ends a row of limit_R.
     suppressed_RN, suppressed_first_RN: int32 tokens, never chosen or not at first.
@@ -52,8 +49,7 @@ class Rules:
   bad_RNW: Array | None = None
   end_RE: Array | None = None
   min_length_R: Array | None = None
-  callback_R: Array | None = None
-  prompt_R: Array | None = None
+  allowed_RV: Array | None = None
   forced_first_R: Array | None = None
   forced_last_RE: Array | None = None
   limit_R: Array | None = None
@@ -68,8 +64,6 @@ def make_rules(
   model_end_id: int | None,
   min_length_R: Sequence[int],
   limit_R: Sequence[int],
-  prompt_R: Sequence[int] | None = None,
-  callback_R: np.ndarray | None = None,
   num_beams: int = 1,
 ) -> Rules:
   """Gathers the rules of rows, in NumPy arrays.
@@ -78,8 +72,6 @@ def make_rules(
     row_options: one a row, checked, with bad_words encoded.
     model_end_id: ends texts where the options do not say.
     min_length_R, limit_R: each row's entries of `checks.Lengths`.
-    prompt_R: number of each row's prompt, told to allowed_tokens; None is 0, 1, 2, ...
-    callback_R: as `open_callbacks` gave it.
     num_beams: rows of one search.
   """
   ends = [end_ids(options, model_end_id) for options in row_options]
@@ -88,7 +80,6 @@ def make_rules(
   has_minimum = any(end and minimum for end, minimum in zip(ends, min_length_R, strict=True))
   bias = [options.logit_bias for options in row_options]
   first = [options.forced_bos_token_id for options in row_options]
-  numbers = np.arange(len(row_options)) if prompt_R is None else np.asarray(prompt_R)
 
   def values(name: str, off: float, dtype: type) -> np.ndarray | None:
     return _values([getattr(options, name) for options in row_options], off, dtype)
@@ -103,8 +94,6 @@ def make_rules(
     bad_RNW=_runs([options.bad_words_ids for options in row_options]),
     end_RE=pad_lists(ends) if has_minimum else None,
     min_length_R=np.asarray(min_length_R, np.int32) if has_minimum else None,
-    callback_R=callback_R,
-    prompt_R=None if callback_R is None else numbers.astype(np.int32),
     forced_first_R=_values([-1 if token is None else token for token in first], -1, np.int32),
     forced_last_RE=forced_last_RE,
     limit_R=None if forced_last_RE is None else np.asarray(limit_R, np.int32),
@@ -182,8 +171,8 @@ def apply_rules(
   if rules.end_RE is not None:
     is_short_R1 = (length_R < rules.min_length_R)[:, None]
     scores_RV = _ban(scores_RV, jnp.where(is_short_R1, rules.end_RE, -1))
-  if rules.callback_R is not None:
-    scores_RV = _constrain(scores_RV, rows, rules)
+  if rules.allowed_RV is not None:
+    scores_RV = _constrain(scores_RV, rules)
   if rules.forced_first_R is not None:
     is_first_R = (length_R == prompt_length_R) & (rules.forced_first_R >= 0)
     scores_RV = _force(scores_RV, rules.forced_first_R[:, None], is_first_R)
@@ -284,90 +273,11 @@ def _repeating(rows: _Rows, ngram_R: jax.Array) -> jax.Array:
   return rows.where(jax.lax.fori_loop(1, jnp.max(ngram_R), compare, matches_RS))
 
 
-@dataclasses.dataclass
-class _Callback:
-  """A user's allowed_tokens, and the error it raised, which XLA would report as its own."""
-
-  function: Callable[[int, list[int]], Iterable[int]]
-  error: Exception | None = None
-
-  def allow(self, prompt: int, tokens: list[int], allowed_V: np.ndarray) -> None:
-    """Clears allowed_V but for the tokens that may follow."""
-    try:
-      ids = [int(token) for token in self.function(prompt, tokens)]
-      if not ids:
-        raise ConfigError(
-          f"allowed_tokens returned no ids for prompt {prompt} after {len(tokens)} tokens;"
-          " return at least one, such as an end token"
-        )
-      if not 0 <= min(ids) <= max(ids) < len(allowed_V):
-        wrong = min(ids) if min(ids) < 0 else max(ids)
-        raise ConfigError(
-          f"allowed_tokens returned {wrong}, but the model's tokens are 0 to {len(allowed_V) - 1}"
-        )
-    except Exception as error:
-      self.error = error
-      raise
-    allowed_V[:] = False
-    allowed_V[ids] = True
-
-
-_CALLBACKS: dict[int, _Callback] = {}
-_HANDLES = itertools.count(1)
-
-
-@contextlib.contextmanager
-def open_callbacks(row_options: Sequence[DecodingOptions]) -> Iterator[np.ndarray | None]:
-  """Lets compiled programs call the allowed_tokens of rows while the context is open.
-
-  Programs know a callback by a number, so that another function compiles nothing. Leave the context
-  only once the results are on the host. What a callback raises leaves the context as it is.
-
-  Yields:
-    int32 [R] for `make_rules`, or None where no row has a callback.
-  """
-  handles: dict[int, int] = {}
-  opened: dict[int, _Callback] = {}
-  for options in row_options:
-    if options.allowed_tokens is not None and id(options.allowed_tokens) not in handles:
-      handle = handles[id(options.allowed_tokens)] = next(_HANDLES)
-      opened[handle] = _Callback(options.allowed_tokens)
-  _CALLBACKS.update(opened)
-  try:
-    handle_of_row = [handles.get(id(options.allowed_tokens), 0) for options in row_options]
-    yield np.asarray(handle_of_row, np.int32) if opened else None
-  except Exception:
-    errors = [callback.error for callback in opened.values() if callback.error is not None]
-    if errors:
-      raise errors[0] from None
-    raise
-  finally:
-    for handle in opened:
-      del _CALLBACKS[handle]
-
-
-def _constrain(scores_RV: jax.Array, rows: _Rows, rules: Rules) -> jax.Array:
-  vocab_size = scores_RV.shape[1]
-
-  def call(tokens_RS, length_R, callback_R, prompt_R) -> np.ndarray:
-    arrays = (np.asarray(x) for x in (tokens_RS, length_R, callback_R, prompt_R))
-    allowed_RV = np.ones((len(length_R), vocab_size), bool)
-    for tokens_S, length, handle, prompt, allowed_V in zip(*arrays, allowed_RV, strict=True):
-      if handle:
-        _CALLBACKS[int(handle)].allow(int(prompt), tokens_S[:length].tolist(), allowed_V)
-    return allowed_RV
-
-  allowed_RV = jax.pure_callback(
-    call,
-    jax.ShapeDtypeStruct(scores_RV.shape, bool),
-    rows.tokens_RS,
-    rows.length_R,
-    rules.callback_R,
-    rules.prompt_R,
-  )
-  constrained_RV = jnp.where(allowed_RV, scores_RV, -jnp.inf)
+def _constrain(scores_RV: jax.Array, rules: Rules) -> jax.Array:
+  constrained_RV = jnp.where(rules.allowed_RV, scores_RV, -jnp.inf)
   # Where other rules forbid all that is allowed, in all beams of a search, what is allowed wins.
   is_stuck_R = jnp.all(constrained_RV == -jnp.inf, axis=1)
   is_stuck_GB = is_stuck_R.reshape(-1, rules.num_beams)
   is_stuck_R = jnp.repeat(jnp.all(is_stuck_GB, axis=1), rules.num_beams)
-  return jnp.where(is_stuck_R[:, None], jnp.where(allowed_RV, 0.0, -jnp.inf), constrained_RV)
+  allowed_RV = jnp.where(rules.allowed_RV, 0.0, -jnp.inf)
+  return jnp.where(is_stuck_R[:, None], allowed_RV, constrained_RV)
