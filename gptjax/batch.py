@@ -19,7 +19,8 @@ class Batch:
     positions_BL: int32 position of each token in its document, or None for 0 .. L-1.
     segment_ids_BL: int32, tokens attend only within one id, 0 marks padding; or None when each
       row is one segment without padding.
-    labels_B: int32 or float32 task labels, or None.
+    labels_B: int32 or float32 task labels, one for each example, or None. An example may be several
+      rows, which are neighbours: B is then fewer than there are rows.
   """
 
   tokens_BL: Array

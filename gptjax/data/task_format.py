@@ -104,6 +104,8 @@ def check_format(form: TaskFormat) -> None:
   """
   check_choice("data.family", form.family, FAMILIES)
   check_choice("data.target", form.target, ("class", "score"))
+  if form.family == "multiple_choice" and form.target == "score":
+    raise ConfigError('data.target is "score", and multiple choice has classes; use "class"')
   if form.file_format:
     check_choice("data.file_format", form.file_format, FILE_FORMATS)
   for fault in form.skipped_faults:
@@ -144,8 +146,6 @@ def _rises(pair: tuple[float, ...]) -> bool:
 def _refuse_stray(form: TaskFormat) -> None:
   """Refuses what another choice leaves without effect."""
   is_choice, is_score = form.family == "multiple_choice", form.target == "score"
-  if is_choice and is_score:
-    raise ConfigError('data.target is "score", and multiple choice has classes; use "class"')
   has_second = form.family in ("entailment", "similarity")
   stray = {
     "text2_columns": not has_second,
