@@ -18,7 +18,8 @@ from gptjax.train.config import PretrainConfig
 from gptjax.train.initial import check_init_from, load_initial
 from gptjax.train.loop import Event, bits_per_byte
 from gptjax.train.optimizer import Hyperparameters, hyperparameters
-from gptjax.train.run import TrainingRun
+from gptjax.train.programs import eval_program
+from gptjax.train.run import IsEnough, TrainingRun, never
 from gptjax.train.run_report import training_report
 from gptjax.train.schedule import resolve_durations
 from gptjax.train.setup import (
@@ -35,11 +36,19 @@ from gptjax.train.setup import (
   say,
   start_devices,
 )
-from gptjax.train.step import LanguageModelObjective, TrainState, make_eval_step
+from gptjax.train.step import LanguageModelObjective, TrainState
 
 
-def pretrain(config: PretrainConfig, workdir: str) -> None:
+def pretrain(config: PretrainConfig, workdir: str, is_enough: IsEnough = never) -> bool:
   """Trains a language model into a run directory, or goes on with the run that is there.
+
+  Args:
+    config: the run.
+    workdir: the run directory.
+    is_enough: as of TrainingRun.
+
+  Returns:
+    Whether the run is complete, and not stopped before its end.
 
   Raises:
     UserError: whatever in config, data or the directory keeps it from running.
@@ -73,15 +82,16 @@ def pretrain(config: PretrainConfig, workdir: str) -> None:
       is_finished = is_finished_and_whole(run, num_steps)
     if is_finished:
       say(f"{workdir} has all of its {num_steps} steps; nothing to do")
-      return
+      return True
     with ending_at_once(parallel):
-      Pretraining(
+      return Pretraining(
         config=config,
         run=run,
         tokenizer=prepared.tokenizer,
         parallel=parallel,
         num_steps=num_steps,
         started=started,
+        is_enough=is_enough,
         prepared=prepared,
         source=source,
       ).run_all()
@@ -101,7 +111,7 @@ class Pretraining(TrainingRun):
 
   def objective(self) -> LanguageModelObjective:
     objective = LanguageModelObjective(self.config.model, self.config.train.loss_chunk_tokens)
-    self._eval_step = self.parallel.compile_eval(make_eval_step(objective))
+    self._eval_step = eval_program(self.parallel, objective)
     return objective
 
   def hyperparameters(self) -> Hyperparameters:

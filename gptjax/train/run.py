@@ -2,9 +2,8 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,17 +26,18 @@ from gptjax.train.loop import Event, Line, Loop, stop_signals
 from gptjax.train.metrics import MetricsWriter, make_trackers
 from gptjax.train.optimizer import Hyperparameters
 from gptjax.train.profile import Profiler
+from gptjax.train.programs import not_finite_program, train_program
 from gptjax.train.setup import ending_together, sample_prompt_ids, say
-from gptjax.train.step import (
-  Objective,
-  TrainState,
-  describe_not_finite,
-  find_not_finite,
-  init_state,
-  make_train_step,
-)
+from gptjax.train.step import Objective, TrainState, describe_not_finite, init_state
 
 PyTree = Any
+# Told (step, line of metrics) after each evaluation; True saves and ends the run.
+IsEnough = Callable[[int, Line], bool]
+
+
+def never(step: int, line: Line) -> bool:
+  """Lets a run go on to its end."""
+  return False
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -50,7 +50,8 @@ class TrainingRun:
     num_steps: updates of the whole run.
     started: time of the process's start.
     seconds_before: that processes before this one took for the steps restored.
-    best_metric: of a saved line; the checkpoint where it is lowest is kept.
+    is_enough: ends the run from outside.
+    best_metric: what `saved_metrics` says of checkpoints; the one where it is lowest is kept.
   """
 
   config: RunConfig
@@ -60,6 +61,7 @@ class TrainingRun:
   num_steps: int
   started: float
   seconds_before: float = 0.0
+  is_enough: IsEnough = never
   best_metric: str = "valid_loss"
 
   def objective(self) -> Objective:
@@ -90,8 +92,12 @@ class TrainingRun:
     """Returns the parameters of the model as it is used after training."""
     return state.eval_params
 
-  def should_end(self) -> bool:
-    """Says whether the run has reached its aim before its last update."""
+  def saved_metrics(self, line: Line) -> dict[str, float]:
+    """Returns what is kept with a checkpoint, of the line of its step."""
+    return {self.best_metric: line[self.best_metric]} if self.best_metric in line else {}
+
+  def has_converged(self) -> bool:
+    """Says after an evaluation whether further updates would bring nothing."""
     return False
 
   def row_size(self) -> tuple[int, int]:
@@ -102,22 +108,19 @@ class TrainingRun:
     """Builds the report; `common` is what `training_report` takes."""
     raise NotImplementedError
 
-  def run_all(self) -> None:
-    """Restores or initialises, trains, and leaves a report."""
+  def run_all(self) -> bool:
+    """Restores or initialises, trains, leaves a report; returns whether the run is complete."""
     config, train = self.config, self.config.train
     self._prompts = sample_prompt_ids(config.eval, self.tokenizer)
     self._describe()
     objective = self.objective()
-    self._find_not_finite = self.parallel.compile_eval(
-      functools.partial(find_not_finite, objective=objective)
-    )
-    train_step = self.parallel.compile_step(
-      make_train_step(
-        objective,
-        config.optimizer,
-        skip_nonfinite=train.skip_nonfinite,
-        spike_sigmas=train.spike_sigmas,
-      )
+    self._find_not_finite = not_finite_program(self.parallel, objective)
+    train_step = train_program(
+      self.parallel,
+      objective,
+      config.optimizer,
+      skip_nonfinite=train.skip_nonfinite,
+      spike_sigmas=train.spike_sigmas,
     )
     self._peak = hardware.peak_flops_per_second(
       jax.devices(), config.model.compute_dtype, train.peak_flops_per_second
@@ -149,16 +152,20 @@ class TrainingRun:
           peak_flops_per_second=self._peak.flops_per_second,
           max_bad_steps=train.max_bad_steps,
           diagnose=self._diagnose,
-          should_stop=lambda step: self._agree(step, is_stop_requested()) or self.should_end(),
+          should_stop=lambda step: self._agree(step, is_stop_requested()),
+          is_enough=lambda step, line: self.has_converged() or self.is_enough(step, line),
           profile=profiler.before_step,
         )
-        state, step = loop.run(state, batches, start_step)
-      is_done = step == self.num_steps or self.should_end()
-      if is_done:
+        step = start_step
+        if not self.has_converged():  # nor had it when it was interrupted
+          state, step = loop.run(state, batches, start_step)
+      is_complete = step == self.num_steps or self.has_converged()
+      if is_complete:
         self.finish(state, step)
     self.write_report()
-    done = "done" if is_done else "stopped; the same command goes on from here"
+    done = "done" if is_complete else "stopped; the same command goes on from here"
     say(f"step {step} of {self.num_steps}, {done}: {self.run.path}")
+    return is_complete
 
   def finish(self, state: TrainState, step: int) -> None:
     """Runs once after the last update, with everything saved or being saved."""
@@ -274,8 +281,7 @@ class TrainingRun:
         self.run.append_samples(step, prompt + self.tokenizer.decode(row.tolist()))
 
   def _save(self, step: int, state: TrainState, line: Line) -> None:
-    metrics = {self.best_metric: line[self.best_metric]} if self.best_metric in line else {}
-    self.store.save(step, self.parallel.for_saving(state), metrics, force=True)
+    self.store.save(step, self.parallel.for_saving(state), self.saved_metrics(line), force=True)
     self.write_report()
 
   def _diagnose(self, state: TrainState, batch: Any) -> str:

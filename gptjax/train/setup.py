@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import traceback
@@ -63,6 +64,8 @@ CHANGEABLE_KEYS = (
 
 CHECKED_TOKENS = 65536  # evenly spread over a split, to tell its content
 
+_make_parallel = functools.cache(parallel_lib.make_parallel)
+
 
 def say(message: str) -> None:
   """Tells the user something, in one process of the run."""
@@ -82,9 +85,9 @@ def start_devices(config: PretrainConfig) -> None:
 
 
 def make_parallel(config: PretrainConfig) -> parallel_lib.Parallel:
-  """Makes the driver that the config names, over all devices."""
+  """Returns the driver that the config names, over all devices; the same for equal configs."""
   train = config.train
-  return parallel_lib.make_parallel(
+  return _make_parallel(
     train.mode,
     mesh_data=train.mesh_data,
     mesh_fsdp=train.mesh_fsdp,

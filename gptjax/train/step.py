@@ -4,6 +4,7 @@ Sums are divided once, after all micro-batches and devices were added, so that t
 depend on how the rows were dealt out.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -44,7 +45,10 @@ _STACKED = "decoder/layers/"
 
 
 class Objective(Protocol):
-  """What a run minimises: named sums over rows, and what to divide them by."""
+  """What a run minimises: named sums over rows, and what to divide them by.
+
+  Equal objectives compute the same: runs of one process share what was compiled for one.
+  """
 
   def weights(self, batch: Batch) -> dict[str, jax.Array]:
     """Returns the weight of each term in a batch, and its count of "tokens".
@@ -61,34 +65,34 @@ class Objective(Protocol):
     """
 
 
+@dataclasses.dataclass(frozen=True)
 class LanguageModelObjective:
   """Next-token cross-entropy, plus the z-loss.
 
-  Args:
+  Attributes:
     config: the architecture.
     chunk_tokens: as TrainConfig.loss_chunk_tokens.
   """
 
-  def __init__(self, config: ModelConfig, chunk_tokens: int = 0):
-    self._config = config
-    self._chunk_tokens = chunk_tokens
+  config: ModelConfig
+  chunk_tokens: int = 0
 
   def weights(self, batch: Batch) -> dict[str, jax.Array]:
     num_targets = jnp.sum(batch.weights_BL)
     return {"loss": num_targets, "tokens": num_targets}
 
   def __call__(self, params, batch, hyper, key):
-    hidden_BLD = hidden_states(params["decoder"], batch, self._config, key)
-    kernel_VD, bias_V = lm_head(params, self._config)
+    hidden_BLD = hidden_states(params["decoder"], batch, self.config, key)
+    kernel_VD, bias_V = lm_head(params, self.config)
     total, sums = chunked_next_token_loss(
-      hidden_BLD.reshape(-1, self._config.model_dim),
+      hidden_BLD.reshape(-1, self.config.model_dim),
       kernel_VD,
       bias_V,
       batch.targets_BL.reshape(-1),
       batch.weights_BL.reshape(-1),
-      vocab_size=self._config.vocab_size,
+      vocab_size=self.config.vocab_size,
       z_loss=hyper.z_loss,
-      chunk_tokens=self._chunk_tokens,
+      chunk_tokens=self.chunk_tokens,
     )
     return {"loss": total}, sums
 
