@@ -320,7 +320,7 @@ def test_every_extra_that_is_asked_for_exists():
   files = [ROOT / "Makefile", ROOT / "docs" / "launch.md", *SCRIPTS]
   asked = {name for file in files for name in re.findall(r"-e '\.\[([a-z-]+)\]'", file.read_text())}
   stamps = set(re.findall(r"/installed-(test[a-z-]*)", (ROOT / "Makefile").read_text()))
-  assert stamps == {"test", "test-hf"}
+  assert stamps == {"test", "test-hf", "test-serve"}
   assert asked | stamps | {"cuda12", "cuda13", "tpu"} <= set(extras)
 
 

@@ -1,15 +1,19 @@
 """Rows that join a running batch give what they give alone."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 from families import make_config, make_params
 
+from gptjax.api import Model
+from gptjax.data.tokenizer import make_char_tokenizer
 from gptjax.errors import UserError
 from gptjax.generate import programs
 from gptjax.generate.generator import Generator
 from gptjax.generate.options import DecodingOptions
-from gptjax.generate.slots import Slots
+from gptjax.generate.slots import Produced, Scored, Slots
 
 REQUESTS = [
   ([3, 5, 7], DecodingOptions(max_new_tokens=9, repetition_penalty=1.5)),
@@ -26,9 +30,13 @@ REQUESTS = [
 ]
 
 
-def make_generator(family="gpt2"):
-  config = make_config(family, context_length=40)
-  return Generator(make_params(config), config)
+def make_generator(family="gpt2", tokenizer=None, context_length=40):
+  config = make_config(family, context_length=context_length)
+  return Generator(make_params(config), config, tokenizer)
+
+
+def admit(slots, prompt, options, **kinds):
+  return slots.admit(slots.check(prompt, options, **kinds))
 
 
 def serve(slots, requests, steps_between=2):
@@ -40,7 +48,7 @@ def serve(slots, requests, steps_between=2):
       copies = waiting[0][1][1].num_return_sequences
       if slots.num_free >= copies:
         index, (prompt, options) = waiting.pop(0)
-        for copy, slot in enumerate(slots.admit(prompt, options)):
+        for copy, slot in enumerate(admit(slots, prompt, options)):
           text_of[slot] = index, copy
           found[index, copy] = []
     for one in slots.step():
@@ -96,8 +104,9 @@ def test_a_second_round_compiles_nothing_and_memory_stays():
 def test_a_released_slot_is_used_again_without_a_trace():
   generator = make_generator()
   slots = Slots(generator, 1, 40)
-  [slot] = slots.admit([9] * 20, DecodingOptions(max_new_tokens=15, do_sample=True, seed=1))
-  slots.step()
+  [slot] = admit(slots, [9] * 20, DecodingOptions(max_new_tokens=15, do_sample=True, seed=1))
+  while not slots.step():
+    pass
   slots.release(slot)
   assert (slots.num_free, slots.step()) == (1, [])
   prompt, options = REQUESTS[0]
@@ -108,11 +117,14 @@ def test_a_released_slot_is_used_again_without_a_trace():
 def test_warm_up_compiles_what_comes_later():
   slots = Slots(make_generator(), 2, 40)
   told, said = [], []
-  slots.warm_up([3, 20], progress=lambda *done: told.append(done))
-  assert told == [(1, 3), (2, 3), (3, 3)]
+  sampled = {"do_sample": True, "temperature": 0.5}
+  rules = {"repetition_penalty": 1.5, "top_logprobs": 4}
+  every = [DecodingOptions(), DecodingOptions(**sampled), DecodingOptions(**sampled, **rules)]
+  slots.warm_up(every, progress=lambda *done: told.append(done))
+  assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
   stop = programs.on_compile(said.append)
   try:
-    serve(slots, [([5] * 4, DecodingOptions()), ([5] * 19, DecodingOptions())])
+    serve(slots, [([5] * length, options) for length in (4, 19) for options in every])
   finally:
     stop()
   assert said == []
@@ -125,5 +137,60 @@ def test_what_slots_cannot_do_is_refused(options):
   slots = Slots(make_generator(), 2, 40)
   do_sample = {"do_sample": True} if "num_return_sequences" in options else {}
   with pytest.raises(UserError):
-    slots.admit([1, 2], DecodingOptions(**options, **do_sample))
-  assert slots.num_free == 2
+    slots.check([1, 2], DecodingOptions(**options, **do_sample))
+
+
+def test_a_prompt_is_scored_while_it_is_read():
+  generator = make_generator(context_length=100)
+  slots, prompt = Slots(generator, 2, 100), [7 * i % 61 for i in range(90)]
+  options = DecodingOptions(max_new_tokens=3, top_logprobs=2)
+  admit(slots, [4, 5], DecodingOptions(max_new_tokens=9))
+  admit(slots, prompt, options, is_scored=True)
+  events = [event for _ in range(12) for event in slots.step()]
+  [scored] = [event for event in events if isinstance(event, Scored)]
+  model = Model(generator.config, make_params(generator.config))
+  log_probs_LV = jax.nn.log_softmax(model([prompt])[0], axis=-1)
+  expected = [float(log_probs_LV[i, token]) for i, token in enumerate(prompt[1:])]
+  np.testing.assert_allclose(scored.logprobs, expected, rtol=1e-4, atol=1e-5)
+  tops = [[token for token, _ in pairs] for pairs in scored.alternatives]
+  assert tops == np.argsort(-log_probs_LV[:-1])[:, :2].tolist()
+  new = [event.token for event in events if isinstance(event, Produced) and event.slot == 1]
+  assert new == generator.generate([prompt], options).tokens[0, 90:].tolist()
+
+
+def test_a_prompt_that_fills_the_context_is_read_only():
+  slots = Slots(make_generator(), 1, 40)
+  admit(slots, [3] * 40, DecodingOptions(), is_scored=True, is_continued=False)
+  events = [event for _ in range(3) for event in slots.step()]
+  assert [type(event) for event in events] == [Scored] and len(events[0].logprobs) == 39
+  assert slots.num_free == 1
+  with pytest.raises(UserError, match="41"):
+    slots.check([3] * 41, DecodingOptions(), is_continued=False)
+
+
+def test_texts_come_in_whole_characters_and_stop_before_stop_texts():
+  tokenizer = make_char_tokenizer(["".join(map(chr, range(0x3042, 0x3042 + 61)))])
+  generator = make_generator(tokenizer=tokenizer)
+  options = DecodingOptions(max_new_tokens=20, do_sample=True, seed=3)
+  whole = generator.generate([[1, 2]], options).texts[0]
+  stop = whole[7:10]
+  slots = Slots(generator, 2, 40)
+  found = serve(slots, [([1, 2], dataclasses.replace(options, stop=[stop])), ([1, 2], options)], 1)
+  stopped, free = found[0, 0], found[1, 0]
+  assert "".join(one.text for one in free) == whole
+  assert "".join(one.text for one in stopped) == whole[: whole.find(stop)]
+  assert (stopped[-1].finish_reason, free[-1].finish_reason) == ("stop", "length")
+  # The slot is free at once.
+  assert len(stopped) == whole.find(stop) + len(stop)
+
+
+def test_a_text_that_leaves_while_its_prompt_is_read_takes_nothing_with_it():
+  generator = make_generator()
+  options = DecodingOptions(max_new_tokens=4, do_sample=True, seed=8, num_return_sequences=2)
+  slots, prompt = Slots(generator, 2, 40), [i % 61 for i in range(30)]
+  first, second = admit(slots, prompt, options)
+  slots._read_chunk(slots._readings[0], 16)
+  slots.release(first)
+  new = [event.token for _ in range(6) for event in slots.step()]
+  assert new == generator.generate([prompt], options).tokens[1, 30:].tolist()
+  assert second == 1 and slots.num_free == 2

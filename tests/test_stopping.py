@@ -247,25 +247,6 @@ def test_the_space_that_begins_a_text_is_not_shown():
   assert _stops_by_automaton(tokenizer, prompts, [[ab, ab]] * 3, [[" a"]] * 3) == [2, 2, 1]
 
 
-def test_rows_of_a_server_keep_their_state_while_others_come():
-  tokenizer = _characters()
-  a, b = tokenizer.encode("ab")
-  maker = _maker(tokenizer)
-  stops, state_RZ = maker.make([["abab"], []], [[], []], ["abab", ""])
-  for token in (a, b, a):
-    state_RZ, is_stopped_R = advance(state_RZ, np.array([token, b], np.int32), stops)
-    assert not is_stopped_R.any()
-  later, fresh_RZ = maker.make([["abab"], ["b", "ab"]], [[], []], ["abab", "b", "ab"])
-  assert later.next_ZSV.shape[0] == 4
-  joined_RZ = np.array(fresh_RZ)
-  joined_RZ[0, :2] = state_RZ[0]
-  _, is_stopped_R = advance(joined_RZ, np.array([b, a], np.int32), later)
-  assert is_stopped_R.tolist() == [True, False]
-  # Companion: without its state the first row would not stop.
-  _, is_stopped_R = advance(fresh_RZ, np.array([b, b], np.int32), later)
-  assert is_stopped_R.tolist() == [False, True]
-
-
 def test_strings_of_like_length_share_a_program():
   tokenizer = _bpe()
   shapes = {

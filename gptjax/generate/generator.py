@@ -30,7 +30,8 @@ from gptjax.generate.options import (
 from gptjax.generate.rules import make_rules, pad_lists
 from gptjax.generate.sampling import Controls, Texts
 from gptjax.generate.speculation import Draft
-from gptjax.generate.stopping import Stops, StopStrings, count_undecided, cut_at_stop
+from gptjax.generate.stopping import Stops, StopStrings, cut_at_stop
+from gptjax.generate.writer import Writer
 from gptjax.model.config import ModelConfig
 
 PyTree = Any
@@ -165,7 +166,7 @@ class Generator:
 
   def _stream(self, ids, options: DecodingOptions, lengths: Lengths) -> Iterator[Piece]:
     seed = draw_seed(options)
-    writer = _Writer(self.tokenizer, options.stop)
+    writer = Writer(self.tokenizer, options.stop)
     for texts in self._steps(*self._set_up(ids, options, lengths, seed)):
       length, finish = int(texts.length_R[0]), int(texts.finish_R[0])
       token = int(texts.tokens_RS[0, length - 1])
@@ -597,28 +598,6 @@ class _Rows:
         for field in dataclasses.fields(_Rows)
       }
     )
-
-
-class _Writer:
-  """Turns streamed tokens into text, holding back what may be the beginning of a stop text."""
-
-  def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str]):
-    self._stream = None if tokenizer is None else tokenizer.decode_stream(skip_special_tokens=True)
-    self._vocab_size = 0 if tokenizer is None else tokenizer.vocab_size
-    self._stops = stops
-    self._held = ""
-
-  def step(self, token: int, *, is_last: bool, is_end: bool) -> str:
-    """Returns the text that may be shown now; the end token is no text."""
-    if self._stream is None:
-      return ""
-    if not is_end and token < self._vocab_size:
-      self._held += self._stream.step(token)
-    if is_last:
-      return cut_at_stop(self._held + self._stream.finish(), self._stops)
-    keep = count_undecided(self._held, self._stops)
-    shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-    return shown
 
 
 def _check_ids(ids: list[list[int]], vocab_size: int) -> None:

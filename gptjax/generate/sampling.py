@@ -127,10 +127,18 @@ def step(
   weights: PyTree, texts: Texts, cache: Cache, controls: Controls, config: ModelConfig
 ) -> tuple[Texts, Cache]:
   """Reads the last token of every row and chooses the next; rows that have ended stay."""
+  hidden_RD, cache = read_last(weights, texts, cache, config)
+  return choose(weights, hidden_RD, texts, controls, config), cache
+
+
+def read_last(
+  weights: PyTree, texts: Texts, cache: Cache, config: ModelConfig
+) -> tuple[jax.Array, Cache]:
+  """Reads the last token of every row; returns its hidden states [R, D] and the cache."""
   position_R = texts.length_R - 1
   token_R1 = jnp.take_along_axis(texts.tokens_RS, position_R[:, None], axis=1)
   hidden_R1D, cache = extend(weights, token_R1, position_R, cache, config)
-  return choose(weights, hidden_R1D[:, 0], texts, controls, config), cache
+  return hidden_R1D[:, 0], cache
 
 
 def run(

@@ -1,34 +1,40 @@
 """Continuous batching: rows join a running batch, and leave it, while the others go on.
 
-A prompt is read into a slot without choosing anything: the next step reads its last token again,
-with that of every other row, and chooses. So only the step depends on options, and it is compiled
-once for all: what a row does not use has the value that changes nothing.
+A prompt is read into a slot a chunk at a time, between the steps of the rows that run, without
+choosing anything: the next step reads its last token again, with that of every other row, and
+chooses. So only the step depends on options, and it is compiled three times for all: for greedy
+rows, for sampled ones, and for rows of which one has rules or asks for alternatives; what a row
+does not use has the value that changes nothing.
 
-Letters as in sampling.py; C counts texts of one prompt.
+Letters as in sampling.py; Q counts the tokens of a chunk.
 """
 
+import collections
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, DataError
 from gptjax.generate import programs, sampling
-from gptjax.generate.cache import Cache, prefill
+from gptjax.generate.cache import Cache, extend
 from gptjax.generate.candidates import Sampling, make_sampling
 from gptjax.generate.generator import Generator, draw_seed
 from gptjax.generate.options import DecodingOptions, is_sampled, strategy
 from gptjax.generate.rules import Rules, make_rules, pad_lists
-from gptjax.generate.sampling import Alternatives, Controls, Texts
-from gptjax.generate.stopping import Stops
+from gptjax.generate.sampling import Controls, Texts
+from gptjax.generate.writer import Writer
 from gptjax.model.config import ModelConfig
+from gptjax.model.heads import lm_logits
 
 PyTree = Any
 
+# Tokens of a chunk; between two steps at most the largest of them is read.
+_CHUNKS = (16, 64, 256)
 _IDLE = DecodingOptions(eos_token_id=())
 # What changes nothing, where it is not -1.
 _NEUTRAL = {
@@ -47,6 +53,25 @@ _RIGHT_ALIGNED = ("biased_RNW", "bad_RNW")
 
 
 @dataclasses.dataclass(frozen=True)
+class Prompt:
+  """A prompt that was found good, by `Slots.check`, and how it is to be continued.
+
+  Attributes:
+    ids: its tokens.
+    options: greedy search or sampling; num_return_sequences texts share one reading.
+    min_length, limit: tokens of prompt and text together.
+    is_scored: what the model thinks of the prompt itself is told, with `options.top_logprobs`
+      alternatives.
+  """
+
+  ids: list[int]
+  options: DecodingOptions
+  min_length: int
+  limit: int
+  is_scored: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class Produced:
   """One more token of a slot.
 
@@ -54,6 +79,7 @@ class Produced:
     slot: whose; it is free again where finish_reason is not None.
     token, logprob: the token and what the model alone thought of it.
     alternatives: (token, logprob), best first, as many as `top_logprobs`.
+    text: what may be shown now: whole characters, nothing of a stop text.
     finish_reason: "stop" or "length" of a last token, else None.
     is_end_token: the token ends the text and is no part of it.
   """
@@ -62,15 +88,42 @@ class Produced:
   token: int
   logprob: float
   alternatives: list[tuple[int, float]]
+  text: str
   finish_reason: str | None
   is_end_token: bool
 
 
 @dataclasses.dataclass(frozen=True)
+class Scored:
+  """What the model thinks of a prompt, told once it is read.
+
+  Attributes:
+    slots: of its texts; free again where the prompt was only to be read.
+    logprobs: of each token but the first, under the model.
+    alternatives: the likeliest at the place of each of these, as of `Produced`.
+  """
+
+  slots: list[int]
+  logprobs: list[float]
+  alternatives: list[list[tuple[int, float]]]
+
+
+@dataclasses.dataclass
 class _Row:
-  options: DecodingOptions = _IDLE
-  min_length: int = 0
-  limit: int = 1
+  prompt: Prompt
+  writer: Writer
+  is_running: bool = False
+
+
+@dataclasses.dataclass
+class _Reading:
+  """A prompt of which `position` tokens are read, into the first of its slots."""
+
+  prompt: Prompt
+  slots: list[int]
+  position: int = 0
+  logprobs: list[float] = dataclasses.field(default_factory=list)
+  alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
 
 
 class Slots:
@@ -91,17 +144,18 @@ class Slots:
     self.num_slots, self.num_positions = num_slots, num_positions
     self._generator, self._config = generator, generator.config
     self._rows: list[_Row | None] = [None] * num_slots
+    self._readings: collections.deque[_Reading] = collections.deque()
     self._seen: dict[str, np.ndarray] = {}
     self._width: int | None = None
-    self._strings: list[str] = []
-    self._stops: Stops | None = None
-    self._controls: Controls | None = None
+    self._controls: tuple[Controls, int] | None = None
+    self._num_alternatives = 0
     self._cache = _empty_cache(self._config, num_slots, num_positions)
+    # Arrays of their own: they are donated.
     self._texts = sampling.new_texts(
       jnp.zeros((num_slots, num_positions), jnp.int32),
       jnp.ones(num_slots, jnp.int32),
       jnp.ones(num_slots, jnp.int32),
-      _keys(0, 0, num_slots),
+      jax.random.split(jax.random.key(0), num_slots),
       None,
       0,
     ).replace(
@@ -116,201 +170,262 @@ class Slots:
 
   @property
   def active(self) -> list[int]:
-    """Slots whose rows run."""
+    """Slots whose rows run, or whose prompt is being read."""
     return [slot for slot, row in enumerate(self._rows) if row is not None]
 
-  def admit(self, prompt: Any, options: DecodingOptions, *, prompt_index: int = 0) -> list[int]:
-    """Reads one prompt into a slot for each of its texts; the next step gives their first tokens.
+  def check(
+    self,
+    prompt: Any,
+    options: DecodingOptions,
+    *,
+    is_scored: bool = False,
+    is_continued: bool = True,
+  ) -> Prompt:
+    """Looks at a prompt and its options, without the device; any thread may call it.
 
     Args:
       prompt: a text or ids.
-      options: greedy search or sampling; num_return_sequences texts share one reading.
-      prompt_index: the prompt's place in its request, for its random stream.
+      options: how it is to be continued.
+      is_scored: what the model thinks of the prompt is wanted.
+      is_continued: it is not only to be read, of which options on lengths say nothing.
 
     Raises:
-      UserError: as `Generator.generate`, a strategy that slots do not have, or too few free slots.
+      UserError: as `Generator.generate`, a strategy that slots do not have, or what is longer or
+        more than the slots.
     """
     _check_strategy(options)
+    if not is_continued:
+      # As if there were room for a new token behind a prompt that fills the context.
+      options = dataclasses.replace(options, max_new_tokens=1, beyond_context="slide")
     [ids], options, lengths = self._generator.read([prompt], options)
     [min_length], [limit] = lengths.min_lengths, lengths.limits
+    if options.stop and self._generator.tokenizer is None:
+      raise ConfigError("stop needs a tokenizer, and the model has none; use eos_token_id")
+    if not is_continued:
+      limit = len(ids)
     if limit > self.num_positions:
-      raise ConfigError(
-        f"a prompt of {len(ids)} tokens may grow to {limit}, but the slots have"
-        f" {self.num_positions} positions; shorten it, or lower max_new_tokens"
+      grows = f"may grow to {limit}" if is_continued else "is longer"
+      raise DataError(
+        f"a prompt of {len(ids)} tokens {grows}, but the slots have {self.num_positions}"
+        " positions; shorten it, or lower max_new_tokens"
       )
-    copies = options.num_return_sequences
+    if options.num_return_sequences > self.num_slots:
+      raise ConfigError(
+        f"{options.num_return_sequences} texts of a prompt need as many slots, and there are"
+        f" {self.num_slots}"
+      )
+    return Prompt(ids, options, min_length, limit, is_scored)
+
+  def admit(self, prompt: Prompt, *, prompt_index: int = 0) -> list[int]:
+    """Gives a prompt a slot for each of its texts; the steps that follow read it, and go on.
+
+    Args:
+      prompt: from `check`.
+      prompt_index: its place in its request, for its random stream.
+
+    Raises:
+      ConfigError: too few free slots.
+    """
+    copies = prompt.options.num_return_sequences
     free = [slot for slot, row in enumerate(self._rows) if row is None]
     if copies > len(free):
       raise ConfigError(f"{copies} texts need as many free slots, and there are {len(free)}")
-    slots = free[:copies]
-    stop_state_1Z = self._find_stops(options.stop, ids)
-    self._read_prompt(ids, slots, limit, options, stop_state_1Z, prompt_index)
-    for slot in slots:
-      self._rows[slot] = _Row(options, min_length, limit)
+    self._grow_alternatives(prompt.options.top_logprobs)
+    slots, seed = free[:copies], draw_seed(prompt.options)
+    tokens_S = np.zeros(self.num_positions, np.int32)
+    tokens_S[: len(prompt.ids)] = prompt.ids
+    length, limit = np.int32(len(prompt.ids)), np.int32(prompt.limit)
+    for copy, slot in enumerate(slots):
+      self._texts = _write_row(
+        self._texts, np.int32(slot), tokens_S, length, limit, seed, prompt_index, copy
+      )
+      writer = Writer(self._generator.tokenizer, prompt.options.stop)
+      self._rows[slot] = _Row(prompt, writer)
+    self._readings.append(_Reading(prompt, list(slots)))
     self._controls = None
     return slots
 
-  def step(self) -> list[Produced]:
-    """Gives every active slot its next token; those that end are free afterwards."""
-    active = self.active
-    if not active:
-      return []
+  def step(self) -> list[Produced | Scored]:
+    """Reads on in prompts that wait for it, and gives every running slot its next token.
+
+    Slots whose texts end are free afterwards.
+    """
+    events: list[Produced | Scored] = list(self._read_prompts())
+    running = [slot for slot in self.active if self._rows[slot].is_running]
+    if not running:
+      return events
+    controls, num_alternatives = self._current_controls()
     with jax.default_matmul_precision("highest"):
       self._texts, self._cache, news = _step(
-        self._generator.weights, self._texts, self._cache, self._current_controls(), self._config
+        self._generator.weights, self._texts, self._cache, controls, num_alternatives, self._config
       )
-    token_R, logprob_R, finish_R, alternatives = jax.device_get(news)
-    produced = []
-    for slot in active:
-      code, count = int(finish_R[slot]), self._rows[slot].options.top_logprobs
-      pairs = []
-      if count:
-        ids_X, logprobs_X = (x[slot, :count] for x in (alternatives[0], alternatives[1]))
-        pairs = list(zip(ids_X.tolist(), logprobs_X.tolist()))
-      reason = {sampling.RUNNING: None, sampling.LENGTH: "length"}.get(code, "stop")
-      is_end = code == sampling.END_TOKEN
-      produced.append(
-        Produced(slot, int(token_R[slot]), float(logprob_R[slot]), pairs, reason, is_end)
-      )
-      if reason:
-        self._vacate(slot)
-    return produced
+    arrays = jax.device_get(news)
+    events += [self._produce(slot, *(array[slot] for array in arrays)) for slot in running]
+    return events
 
   def release(self, slot: int) -> None:
     """Frees a slot before its row has ended; one that is free stays so."""
-    if self._rows[slot] is not None:
-      finish_R = self._texts.finish_R.at[slot].set(sampling.LENGTH)
-      self._texts = self._texts.replace(finish_R=finish_R)
-      self._vacate(slot)
+    if self._rows[slot] is None:
+      return
+    self._mark(slot, sampling.LENGTH)
+    # The step goes on with the controls it has: those of a row that has ended change nothing.
+    self._rows[slot] = None
+    for reading in [reading for reading in self._readings if slot in reading.slots]:
+      if reading.slots[0] == slot and reading.position and len(reading.slots) > 1:
+        self._cache = _copy_row(self._cache, np.int32(slot), np.int32(reading.slots[1]))
+      reading.slots.remove(slot)
+      if not reading.slots:
+        self._readings.remove(reading)
 
   def warm_up(
     self,
-    prompt_lengths: Iterable[int],
     options: Sequence[DecodingOptions] = (DecodingOptions(),),
     progress: Callable[[int, int], None] = lambda done, total: None,
   ) -> None:
-    """Compiles the programs of prompts of these lengths and of these options, while all is free.
+    """Compiles what reads prompts and the steps of rows with these options, while all is free.
 
     Args:
-      prompt_lengths: the buckets that they fall in are compiled.
-      options: the last ones leave the step as later rows find it, rules of all of them included.
+      options: later rows find the step with the rules of all of them.
       progress: told (programs done, programs in all).
     """
     if self.active:
       raise ConfigError("slots are warmed up before they are used; release their rows first")
-    longest = self.num_positions - 1
-    sizes = sorted({programs.bucket(min(n, longest), self.num_positions) for n in prompt_lengths})
+    sizes = self._chunk_sizes
     total = len(options) + len(sizes)
     for done, row_options in enumerate(options, 1):
-      self.admit([0], dataclasses.replace(row_options, num_return_sequences=1))
-      self.step()
-      for slot in self.active:
-        self.release(slot)
+      self._run_alone(dataclasses.replace(row_options, num_return_sequences=1), 1)
       progress(done, total)
     for done, size in enumerate(sizes, len(options) + 1):
-      [slot] = self.admit([0] * min(size, longest), DecodingOptions(max_new_tokens=1))
-      self.release(slot)
+      self._run_alone(DecodingOptions(), min(size, self.num_positions), is_continued=False)
       progress(done, total)
+    self._cache = _copy_row(self._cache, np.int32(0), np.int32(0))
     jax.block_until_ready(self._cache)
 
-  def _vacate(self, slot: int) -> None:
-    # The step goes on with the controls it has: those of a row that has ended change nothing.
-    self._rows[slot] = None
+  def _run_alone(self, options: DecodingOptions, length: int, is_continued: bool = True) -> None:
+    """Reads a prompt, scores it, and goes one step on."""
+    self.admit(self.check([0] * length, options, is_scored=True, is_continued=is_continued))
+    self.step()
+    for slot in self.active:
+      self.release(slot)
 
-  def _read_prompt(self, ids, slots, limit, options, stop_state_1Z, prompt_index) -> None:
-    copies = 1 << (len(slots) - 1).bit_length()
-    length = programs.bucket(len(ids), self.num_positions)
-    prompt_1L = np.zeros((1, length), np.int32)
-    prompt_1L[0, : len(ids)] = ids
-    tokens_CS = np.zeros((copies, self.num_positions), np.int32)
-    tokens_CS[:, : len(ids)] = ids
-    self._grow_alternatives(options.top_logprobs)
-    alternatives = self._texts.alternatives
-    rows = sampling.new_texts(
-      tokens_CS,
-      np.full(copies, len(ids), np.int32),
-      np.full(copies, limit, np.int32),
-      _keys(draw_seed(options), prompt_index, copies),
-      None if stop_state_1Z is None else np.repeat(stop_state_1Z, copies, axis=0),
-      0 if alternatives is None else alternatives.ids_RSX.shape[2],
-    )
-    # Texts beyond the last are written to no slot.
-    slot_C = np.full(copies, self.num_slots, np.int32)
-    slot_C[: len(slots)] = slots
+  @property
+  def _chunk_sizes(self) -> list[int]:
+    return [size for size in _CHUNKS if size <= max(_CHUNKS[0], self.num_positions)]
+
+  def _read_prompts(self) -> list[Scored]:
+    """Reads chunks of the prompts that were admitted first, as much as may delay a step."""
+    scored, budget = [], _CHUNKS[-1]
+    while self._readings:
+      reading = self._readings[0]
+      left = len(reading.prompt.ids) - reading.position
+      size = self._chunk_size(left)
+      if size > budget:
+        break
+      budget -= size
+      self._read_chunk(reading, size)
+      if reading.position >= len(reading.prompt.ids):
+        self._readings.popleft()
+        scored += self._finish_reading(reading)
+    return scored
+
+  def _chunk_size(self, num_left: int) -> int:
+    """The smallest chunk that takes all that is left, unless more than half would be padding."""
+    sizes = self._chunk_sizes
+    for smaller, size in zip([0, *sizes], sizes):
+      if num_left <= size:
+        return size if num_left > size // 2 or not smaller else smaller
+    return sizes[-1]
+
+  def _read_chunk(self, reading: _Reading, size: int) -> None:
+    start, ids = reading.position, reading.prompt.ids
+    chunk = ids[start : start + size]
+    tokens_1Q = np.zeros((1, size), np.int32)
+    tokens_1Q[0, : len(chunk)] = chunk
+    weights, slot = self._generator.weights, np.int32(reading.slots[0])
     with jax.default_matmul_precision("highest"):
-      self._texts, self._cache = _admit(
-        self._generator.weights, prompt_1L, rows, slot_C, self._texts, self._cache, self._config
+      hidden_QD, self._cache = _read(
+        weights, tokens_1Q, slot, np.int32(start), self._cache, self._config
       )
+      reading.position += len(chunk)
+      if not reading.prompt.is_scored:
+        return
+      targets = ids[start + 1 : start + size + 1]
+      targets_Q = np.zeros(size, np.int32)
+      targets_Q[: len(targets)] = targets
+      found = _score(weights, hidden_QD, targets_Q, self._num_alternatives, self._config)
+    logprob_Q, ids_QX, logprobs_QX = jax.device_get(found)
+    count = reading.prompt.options.top_logprobs
+    for place, target in enumerate(targets):
+      pairs = _pairs(ids_QX[place], logprobs_QX[place], count)
+      reading.alternatives.append(pairs)
+      reading.logprobs.append(dict(pairs).get(target, float(logprob_Q[place])))
+
+  def _finish_reading(self, reading: _Reading) -> list[Scored]:
+    first, *others = reading.slots
+    is_continued = reading.prompt.limit > len(reading.prompt.ids)
+    for slot in others:
+      self._cache = _copy_row(self._cache, np.int32(first), np.int32(slot))
+    for slot in reading.slots:
+      if is_continued:
+        self._mark(slot, sampling.RUNNING)
+        self._rows[slot].is_running = True
+      else:
+        self._rows[slot] = None
+    if not reading.prompt.is_scored:
+      return []
+    return [Scored(reading.slots, reading.logprobs, reading.alternatives)]
+
+  def _produce(self, slot: int, token, logprob, code, ids_X, logprobs_X) -> Produced:
+    row, token, code = self._rows[slot], int(token), int(code)
+    is_end, is_last = code == sampling.END_TOKEN, code != sampling.RUNNING
+    text = row.writer.step(token, is_last=is_last, is_end=is_end)
+    reason = {sampling.RUNNING: None, sampling.LENGTH: "length"}.get(code, "stop")
+    if row.writer.is_stopped:
+      self.release(slot)
+      reason = "stop"
+    elif is_last:
+      self._rows[slot] = None
+    pairs = _pairs(ids_X, logprobs_X, row.prompt.options.top_logprobs)
+    # The very number that stands among the alternatives.
+    logprob = dict(pairs).get(token, float(logprob))
+    return Produced(slot, token, logprob, pairs, text, reason, is_end)
+
+  def _mark(self, slot: int, code: int) -> None:
+    finish_R = _set(self._texts.finish_R, np.int32(slot), np.int32(code))
+    self._texts = self._texts.replace(finish_R=finish_R)
 
   def _grow_alternatives(self, count: int) -> None:
-    old = self._texts.alternatives
-    have = 0 if old is None else old.ids_RSX.shape[2]
-    if count <= have:
-      return
-    width = min(1 << (count - 1).bit_length(), self._config.vocab_size)
-    # Those of steps gone by were handed out: nothing of them is kept.
-    shape = (self.num_slots, self.num_positions, width)
-    empty = Alternatives(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
-    self._texts = self._texts.replace(alternatives=empty)
+    """Has programs find as many alternatives at a place, and keeps them so."""
+    if count > self._num_alternatives:
+      self._num_alternatives = min(1 << (count - 1).bit_length(), self._config.vocab_size)
 
-  def _find_stops(self, stop: Sequence[str], ids: list[int]) -> np.ndarray | None:
-    """Gives stop texts their places and returns the state of new rows, [1, Z]."""
-    if stop and self._generator.tokenizer is None:
-      raise ConfigError("stop needs a tokenizer, and the model has none; use eos_token_id")
-    if not stop and not self._strings:
-      return None
-    used = {text for row in self._rows if row is not None for text in row.options.stop}
-    used.update(stop)
-    strings = list(self._strings)
-    for text in sorted(set(stop) - set(strings)):
-      free = [place for place, old in enumerate(strings) if old not in used]
-      if free:
-        strings[free[0]] = text
-      else:
-        strings += [text, *[""] * len(strings)]
-    stops, state_1Z = self._generator.stop_strings.make([stop], [ids], strings)
-    if strings != self._strings or self._stops is None:
-      self._strings = strings
-      self._stops = jax.device_put(_keep_states(stops, self._stops))
-      self._widen_stop_state(state_1Z.shape[1])
-    return state_1Z
-
-  def _widen_stop_state(self, width: int) -> None:
-    old_RZ = self._texts.stop_state_RZ
-    if old_RZ is None:
-      old_RZ = jnp.zeros((self.num_slots, 0), jnp.int32)
-    room = ((0, 0), (0, width - old_RZ.shape[1]))
-    self._texts = self._texts.replace(stop_state_RZ=jnp.pad(old_RZ, room))
-
-  def _current_controls(self) -> Controls:
+  def _current_controls(self) -> tuple[Controls, int]:
+    """Returns (controls of all rows, how many alternatives the step is to find)."""
     if self._controls is None:
-      self._controls = jax.device_put(self._make_controls())
+      controls, num_alternatives = self._make_controls()
+      self._controls = jax.device_put(controls), num_alternatives
     return self._controls
 
-  def _make_controls(self) -> Controls:
-    rows = [row or _Row() for row in self._rows]
-    options = [row.options for row in rows]
+  def _make_controls(self) -> tuple[Controls, int]:
+    prompts = [Prompt([], _IDLE, 0, 1) if row is None else row.prompt for row in self._rows]
+    options = [prompt.options for prompt in prompts]
     rules = make_rules(
       options,
       model_end_id=None,
-      min_length_R=[row.min_length for row in rows],
-      limit_R=[row.limit for row in rows],
+      min_length_R=[prompt.min_length for prompt in prompts],
+      limit_R=[prompt.limit for prompt in prompts],
     )
-    stops = self._stops
-    if stops is not None:
-      active_RZ = np.array([[text in row.stop for text in self._strings] for row in options])
-      room = len(stops.final_Z) - active_RZ.shape[1]
-      stops = stops.replace(active_RZ=np.pad(active_RZ, ((0, 0), (0, room))))
-    return Controls(
-      rules=self._widen(rules),
-      sampling=self._sampling(options),
+    is_plain = not jax.tree.leaves(rules) and not any(row.top_logprobs for row in options)
+    controls = Controls(
+      rules=rules if is_plain else self._widen(rules),
+      sampling=self._sampling(options, is_needed=not is_plain),
       end_RE=self._keep_size("ends", pad_lists(row.eos_token_id for row in options)),
-      stops=stops,
     )
+    return controls, 0 if is_plain else self._num_alternatives
 
-  def _sampling(self, options: Sequence[DecodingOptions]) -> Sampling | None:
+  def _sampling(self, options: Sequence[DecodingOptions], is_needed: bool) -> Sampling | None:
     drawn = [is_sampled(row) for row in options]
-    if not any(drawn) and self._width is None:
+    if not any(drawn) and (self._width is None or not is_needed):
       return None
 
     def values(name: str, greedy: float) -> list:
@@ -358,47 +473,103 @@ class Slots:
     return wide
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames=("texts", "cache"))
-def _admit(
-  weights: PyTree,
-  prompt_1L: jax.Array,
-  rows: Texts,
-  slot_C: jax.Array,
+def _pairs(ids_X: np.ndarray, logprobs_X: np.ndarray, count: int) -> list[tuple[int, float]]:
+  return list(zip(ids_X[:count].tolist(), logprobs_X[:count].tolist()))
+
+
+@functools.partial(jax.jit, donate_argnames="texts")
+def _write_row(
   texts: Texts,
+  slot: jax.Array,
+  tokens_S: jax.Array,
+  length: jax.Array,
+  limit: jax.Array,
+  seed: jax.Array,
+  prompt_index: jax.Array,
+  copy: jax.Array,
+) -> Texts:
+  """Writes a prompt over what was in a slot; the row stays idle until it is marked.
+
+  While it is, steps write at its last token, which is read again before it counts.
+  """
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt_index), copy)
+  return texts.replace(
+    tokens_RS=texts.tokens_RS.at[slot].set(tokens_S),
+    prompt_length_R=texts.prompt_length_R.at[slot].set(length),
+    length_R=texts.length_R.at[slot].set(length),
+    limit_R=texts.limit_R.at[slot].set(limit),
+    finish_R=texts.finish_R.at[slot].set(sampling.LENGTH),
+    keys_R=texts.keys_R.at[slot].set(key),
+  )
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
+def _read(
+  weights: PyTree,
+  tokens_1Q: jax.Array,
+  slot: jax.Array,
+  position: jax.Array,
   cache: Cache,
   config: ModelConfig,
-) -> tuple[Texts, Cache]:
-  """Reads a prompt and writes its rows over what was in their slots."""
-  length = prompt_1L.shape[1]
-  programs.report("reading into slots", texts=len(slot_C), slots=length)
-  _, read = prefill(weights, prompt_1L, length, config)
+) -> tuple[jax.Array, Cache]:
+  """Reads a chunk of a prompt into a slot; returns its hidden states [Q, D] and the cache."""
+  programs.report("reading into slots", tokens=tokens_1Q.shape[1])
+  row = jax.tree.map(lambda whole: jax.lax.dynamic_slice_in_dim(whole, slot, 1), cache)
+  hidden_1QD, row = extend(weights, tokens_1Q, position[None], row, config)
   cache = jax.tree.map(
-    lambda whole, part: whole.at[slot_C, :, :length].set(part, mode="drop"), cache, read
+    lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, slot, 0), cache, row
   )
-  texts = jax.tree.map(lambda all_, new: all_.at[slot_C].set(new, mode="drop"), texts, rows)
-  return texts, cache
+  return hidden_1QD[0], cache
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames=("texts", "cache"))
+@functools.partial(jax.jit, donate_argnums=0)
+def _copy_row(cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
+  return jax.tree.map(lambda whole: whole.at[target].set(whole[source]), cache)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _set(array_R: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
+  return array_R.at[slot].set(value)
+
+
+@functools.partial(jax.jit, static_argnames=("num_alternatives", "config"))
+def _score(
+  weights: PyTree,
+  hidden_QD: jax.Array,
+  targets_Q: jax.Array,
+  num_alternatives: int,
+  config: ModelConfig,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns (log-probabilities of the targets, the likeliest ids, and theirs)."""
+  programs.report("scores of a prompt", tokens=len(targets_Q), alternatives=num_alternatives)
+  log_probs_QV = jax.nn.log_softmax(lm_logits(weights, hidden_QD, config), axis=-1)
+  logprobs_QX, ids_QX = jax.lax.top_k(log_probs_QV, num_alternatives)
+  return jnp.take_along_axis(log_probs_QV, targets_Q[:, None], axis=1)[:, 0], ids_QX, logprobs_QX
+
+
+@functools.partial(
+  jax.jit, static_argnames=("num_alternatives", "config"), donate_argnames=("texts", "cache")
+)
 def _step(
-  weights: PyTree, texts: Texts, cache: Cache, controls: Controls, config: ModelConfig
-) -> tuple[Texts, Cache, tuple]:
-  """Returns (texts, cache, (token_R, logprob_R, finish_R, (ids_RX, logprobs_RX) or None))."""
+  weights: PyTree,
+  texts: Texts,
+  cache: Cache,
+  controls: Controls,
+  num_alternatives: int,
+  config: ModelConfig,
+) -> tuple[Texts, Cache, tuple[jax.Array, ...]]:
+  """Returns (texts, cache, (token_R, logprob_R, finish_R, ids_RX and logprobs_RX))."""
   programs.report_texts("a step of slots", texts)
-  texts, cache = sampling.step(weights, texts, cache, controls, config)
-  last = jnp.arange(len(texts.length_R)), texts.length_R - 1
-  alternatives = texts.alternatives
-  if alternatives is not None:
-    alternatives = alternatives.ids_RSX[last], alternatives.logprobs_RSX[last]
-  news = texts.tokens_RS[last], texts.logprobs_RS[last], texts.finish_R, alternatives
+  hidden_RD, cache = sampling.read_last(weights, texts, cache, config)
+  logits_RV = lm_logits(weights, hidden_RD, config)
+  scores_RV = sampling.score(logits_RV, texts, controls.rules)
+  token_R = sampling.pick(scores_RV, texts, controls.sampling)
+  texts = sampling.append(texts, token_R, logits_RV, controls)
+  logits_RX, ids_RX = jax.lax.top_k(logits_RV, num_alternatives)
+  logprobs_RX = logits_RX - jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True)
+  last = jnp.arange(len(token_R)), texts.length_R - 1
+  news = texts.tokens_RS[last], texts.logprobs_RS[last], texts.finish_R, ids_RX, logprobs_RX
   return texts, cache, news
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _keys(seed: int, prompt_index: int, copies: int) -> jax.Array:
-  """The streams that `Generator.generate` gives a prompt's texts."""
-  key = jax.random.fold_in(jax.random.key(seed), prompt_index)
-  return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(copies))
 
 
 def _empty_cache(config: ModelConfig, num_rows: int, num_slots: int) -> Cache:
@@ -408,12 +579,6 @@ def _empty_cache(config: ModelConfig, num_rows: int, num_slots: int) -> Cache:
     return tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers))
 
   return Cache(layers(), layers())
-
-
-def _keep_states(stops: Stops, old: Stops | None) -> Stops:
-  """Keeps the number of states from shrinking, which would compile anew."""
-  missing = 0 if old is None else max(0, old.next_ZSV.shape[1] - stops.next_ZSV.shape[1])
-  return stops.replace(next_ZSV=np.pad(stops.next_ZSV, ((0, 0), (0, missing), (0, 0))))
 
 
 def _check_strategy(options: DecodingOptions) -> None:

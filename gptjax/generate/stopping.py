@@ -182,26 +182,20 @@ class StopStrings:
     self._table = functools.lru_cache(_TABLES_KEPT)(self._make_table)
 
   def make(
-    self,
-    stops_of_rows: Sequence[Sequence[str]],
-    prompts: Sequence[Sequence[int]],
-    strings: Sequence[str] | None = None,
+    self, stops_of_rows: Sequence[Sequence[str]], prompts: Sequence[Sequence[int]]
   ) -> tuple[Stops, np.ndarray] | tuple[None, None]:
     """Returns (stops, int32 state_RZ before the first new token), or Nones where nothing stops.
 
     Args:
       stops_of_rows: the stop strings of each row.
       prompts: ids of each row, of which only the context of new text is used.
-      strings: which string has which place of Z, "" for a free one; for servers, whose rows keep
-        their state while others come and go. None finds them.
 
     Raises:
       UserError: an empty stop string.
     """
     if any(not stop for row in stops_of_rows for stop in row):
       raise UserError('a stop string is ""; it must have a character, or be left out')
-    if strings is None:
-      strings = sorted({stop for row in stops_of_rows for stop in row})
+    strings = sorted({stop for row in stops_of_rows for stop in row})
     if not strings:
       return None, None
     # Few sizes, so that few programs are compiled.
