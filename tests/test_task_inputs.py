@@ -105,6 +105,19 @@ def test_labels_are_classes_or_scores():
   assert labels_N.dtype == np.float32 and labels_N.tolist() == [2.5]
 
 
+def test_marks_may_be_left_out():
+  example = Example("", ("ab",), choices=("c", "d"))
+  config = TaskDataConfig(family="multiple_choice", marks=("extract",))
+  assert new_tokens(config) == [NEW_TOKENS["extract"]]
+  tokens = TaskTokens(None, None, E)
+  encoded = encode_examples([example], config.task, Letters(), tokens, 4)
+  assert rows(encoded) == [[1, 2, 3, E], [1, 2, 4, E]] and encoded.num_cut == 0
+  bare = TaskDataConfig(family="classification", marks=())
+  assert find_task_tokens(bpe(), bare) == TaskTokens(None, None, None)
+  with pytest.raises(ConfigError, match=r"no effect without \"start\""):
+    TaskDataConfig(family="classification", marks=(), start_token="$")
+
+
 def bpe():
   return train_bpe(["to be or not to be <|start|> $"] * 9, 270)
 

@@ -14,6 +14,8 @@ from gptjax.data.task_format import (
 )
 from gptjax.errors import ConfigError, check_choice
 
+MARKS = ("start", "delimiter", "extract")
+
 
 @dataclasses.dataclass(frozen=True)
 class TaskDataConfig(TaskFormat):
@@ -31,8 +33,10 @@ class TaskDataConfig(TaskFormat):
       for validation. Those that share their first text stay together.
     max_length: most tokens of a sequence, special ones included; None is the model's context.
     num_buckets: padded lengths of the training batches; each is a program to compile.
-    start_token, delimiter_token, extract_token: tokens of the tokenizer that take these roles;
-      "" adds a new one, which no text can spell.
+    marks: which tokens mark a sequence. All of MARKS are GPT-1's; () leaves the text alone, of
+      which the last token is read, as transformers' classifiers do.
+    start_token, delimiter_token, extract_token: tokens of the tokenizer that are these marks; ""
+      adds a new one, which no text can spell.
   """
 
   adapter: str = ""
@@ -44,6 +48,7 @@ class TaskDataConfig(TaskFormat):
   valid_fraction: float = 0.1
   max_length: int | None = None
   num_buckets: int = 4
+  marks: tuple[str, ...] = MARKS
   start_token: str = ""
   delimiter_token: str = ""
   extract_token: str = ""
@@ -59,6 +64,13 @@ class TaskDataConfig(TaskFormat):
       raise ConfigError(f"data.num_buckets is {self.num_buckets}; it must be at least 1")
     if self.max_length is not None and self.max_length < 8:
       raise ConfigError(f"data.max_length is {self.max_length}; it must be at least 8")
+    for mark in self.marks:
+      check_choice("data.marks", mark, MARKS)
+    for mark in set(MARKS) - set(self.marks):
+      if token := getattr(self, f"{mark}_token"):
+        raise ConfigError(
+          f'data.{mark}_token is "{token}", which has no effect without "{mark}" in data.marks'
+        )
     if self.format.family:
       check_format(self.format)
 

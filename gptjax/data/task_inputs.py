@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from gptjax.data.examples import Example
-from gptjax.data.task_config import TaskDataConfig
+from gptjax.data.task_config import MARKS, TaskDataConfig
 from gptjax.data.task_format import Task
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import ConfigError, DataError, did_you_mean
@@ -31,11 +31,11 @@ Outline = tuple[tuple[str, ...], ...]
 
 @dataclasses.dataclass(frozen=True)
 class TaskTokens:
-  """Ids of the tokens that mark a sequence: `<s>`, `$` and `<e>` of the paper."""
+  """Ids of the tokens that mark a sequence, `<s>`, `$` and `<e>` of the paper; None is no mark."""
 
-  start: int
-  delimiter: int
-  extract: int
+  start: int | None
+  delimiter: int | None
+  extract: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class EncodedTask:
   """Examples as sequences of tokens.
 
   Attributes:
-    sequences: of each example, in order. The last token is always the extract token.
+    sequences: of each example, in order. The last token is what a head reads.
     labels_N: int32 classes or answers, or float32 scores; 0 where the label is not known.
     num_cut: examples of which a text did not fit and lost its end.
   """
@@ -73,7 +73,7 @@ def new_tokens(config: TaskDataConfig) -> list[str]:
 
   `load_tokenizer` and `load_model` take them as additional_special_tokens.
   """
-  return [new for role, new in NEW_TOKENS.items() if not getattr(config, f"{role}_token")]
+  return [NEW_TOKENS[mark] for mark in config.marks if not getattr(config, f"{mark}_token")]
 
 
 def find_task_tokens(tokenizer: Tokenizer, config: TaskDataConfig) -> TaskTokens:
@@ -85,20 +85,19 @@ def find_task_tokens(tokenizer: Tokenizer, config: TaskDataConfig) -> TaskTokens
   """
   vocab = tokenizer.backend.get_vocab(with_added_tokens=True)
   ids = {}
-  for role, new in NEW_TOKENS.items():
-    name = getattr(config, f"{role}_token") or new
-    if name not in vocab and name == new:
+  for mark in config.marks:
+    given, new = getattr(config, f"{mark}_token"), NEW_TOKENS[mark]
+    if given and given not in vocab:
+      hint = did_you_mean(given, vocab)
+      raise ConfigError(f'data.{mark}_token "{given}" is not in the tokenizer{hint}')
+    if not given and new not in vocab:
       raise DataError(
         f'the tokenizer has no "{new}"; it is not that of a model for tasks, or not of this one'
       )
-    if name not in vocab:
-      raise ConfigError(
-        f'data.{role}_token "{name}" is not in the tokenizer{did_you_mean(name, vocab)}'
-      )
-    ids[role] = vocab[name]
+    ids[mark] = vocab[given or new]
   if len(set(ids.values())) < len(ids):
     raise ConfigError("data.start_token, delimiter_token and extract_token must be different")
-  return TaskTokens(**ids)
+  return TaskTokens(*(ids.get(mark) for mark in MARKS))
 
 
 def encode_examples(
@@ -129,12 +128,14 @@ def encode_examples(
   outlines_N = [_outlines(example, task) for example in examples]
   texts = dict.fromkeys(text for outlines in outlines_N for text in _texts(outlines))
   ids = dict(zip(texts, tokenizer.encode_arrays(list(texts))))
-  marks = [np.array([mark], np.int32) for mark in (tokens.start, tokens.delimiter, tokens.extract)]
+  marks = [
+    np.array([] if mark is None else [mark], np.int32) for mark in dataclasses.astuple(tokens)
+  ]
   sequences, num_cut = [], 0
   for outlines in outlines_N:
-    most = min(_most_tokens(outline, ids, max_length) for outline in outlines)
+    most = min(_most_tokens(outline, ids, marks, max_length) for outline in outlines)
     num_cut += any(len(ids[text]) > most for text in _texts(outlines))
-    sequences.append([_sequence(outline, ids, most, *marks) for outline in outlines])
+    sequences.append([_sequence(outline, ids, marks, most) for outline in outlines])
   dtype = np.float32 if task.target == "score" else np.int32
   labels_N = np.array([example.label or 0 for example in examples], dtype)
   return EncodedTask(sequences, labels_N, num_cut)
@@ -157,9 +158,11 @@ def _texts(outlines: list[Outline]) -> Iterator[str]:
   return (text for outline in outlines for side in outline for text in side)
 
 
-def _most_tokens(outline: Outline, ids: Mapping[str, np.ndarray], max_length: int) -> int:
+def _most_tokens(
+  outline: Outline, ids: Mapping[str, np.ndarray], marks: list[np.ndarray], max_length: int
+) -> int:
   """Returns how many tokens a text may keep for the sequence to fit."""
-  room = max_length - 1 - len(outline)
+  room = max_length - sum(map(len, _sequence(outline, ids, marks, 0)))
   lengths = sorted(len(ids[text]) for text in _texts([outline]))
   for place, length in enumerate(lengths):
     share = room // (len(lengths) - place)
@@ -175,13 +178,9 @@ def _most_tokens(outline: Outline, ids: Mapping[str, np.ndarray], max_length: in
 
 
 def _sequence(
-  outline: Outline,
-  ids: Mapping[str, np.ndarray],
-  most: int,
-  start: np.ndarray,
-  delimiter: np.ndarray,
-  extract: np.ndarray,
+  outline: Outline, ids: Mapping[str, np.ndarray], marks: list[np.ndarray], most: int
 ) -> Pieces:
-  sides = [[ids[text][:most] for text in side] for side in outline]
-  delimited = [piece for side in sides for piece in (delimiter, *side)]
+  """Marks the texts of an outline, of each at most so many tokens."""
+  start, delimiter, extract = marks
+  delimited = [piece for side in outline for piece in (delimiter, *(ids[t][:most] for t in side))]
   return (start, *delimited[1:], extract)
