@@ -19,13 +19,11 @@ def make_generator(family="gpt2"):
 
 
 def expect(generator, prompt, n, m):
-  """The same from whole prompts, one by one."""
+  """The same from whole prompts."""
   first = generator.generate([prompt], DecodingOptions(max_new_tokens=1, top_logprobs=n))
-  rows = []
-  for token in first.top_tokens[0, 0].tolist():
-    more = generator.generate([[*prompt, token]], DecodingOptions(max_new_tokens=m - 1))
-    rows.append(more.tokens[0, len(prompt) :].tolist())
-  return rows, np.exp(first.top_logprobs[0, 0])
+  prompts = [[*prompt, token] for token in first.top_tokens[0, 0].tolist()]
+  more = generator.generate(prompts, DecodingOptions(max_new_tokens=m - 1))
+  return more.tokens[:, len(prompt) :].tolist(), np.exp(first.top_logprobs[0, 0])
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt3"])
@@ -34,14 +32,15 @@ def test_continuations_are_those_of_full_recomputation(family):
   tab = Continuations(generator)
   tab.open([*PROMPT[:5], 8, 8])
   assert tab.open(PROMPT) == 3
-  expected, probabilities = expect(generator, PROMPT, 4, 22)
+  expected, probabilities = expect(generator, PROMPT, 4, 34)
   found = tab.options(4, 5)
   assert [one.tokens for one in found] == [row[:5] for row in expected]
   # float32 sums in another order.
   np.testing.assert_allclose([one.probability for one in found], probabilities, rtol=1e-4)
-  assert [one.tokens for one in tab.lengthen(5)] == [row[:10] for row in expected]
-  # Beyond the first bucket.
-  assert [one.tokens for one in tab.lengthen(12)] == expected
+  assert [one.tokens for one in tab.options(4, 10)] == [row[:10] for row in expected]
+  # Beyond the first bucket, and back.
+  assert [one.tokens for one in tab.options(4, 34)] == expected
+  assert [one.tokens for one in tab.options(4, 3)] == [row[:3] for row in expected]
 
 
 def test_only_what_is_new_is_run():
@@ -91,7 +90,8 @@ def test_a_second_press_compiles_nothing():
   tab.options(3, 4)
   stop = programs.on_compile(said.append)
   try:
-    tab.lengthen(4)
+    tab.options(3, 8)
+    tab.open([*PROMPT, 7])
     tab.options(3, 6)
   finally:
     stop()
@@ -115,10 +115,11 @@ def test_surprise_and_next_tokens_of_a_changed_prompt():
   assert [one.is_cut for one in likely] == [False] * 4 + [True] * 2
 
 
-def test_nothing_open_and_nothing_to_lengthen_are_refused():
+def test_what_cannot_be_is_refused():
   tab = Continuations(make_generator())
-  with pytest.raises(UserError):
+  with pytest.raises(UserError, match="call open"):
     tab.options(3, 3)
   tab.open(PROMPT)
-  with pytest.raises(UserError):
-    tab.lengthen(2)
+  for n, m in ((0, 3), (62, 3), (3, 0)):
+    with pytest.raises(UserError, match="1 to 61"):
+      tab.options(n, m)

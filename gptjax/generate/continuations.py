@@ -61,11 +61,18 @@ class Continuation:
 
 @dataclasses.dataclass(frozen=True)
 class NextToken:
-  """A token that may follow: its probability under the model, and whether the options cut it."""
+  """A token that may follow.
+
+  Attributes:
+    token, probability: under the model.
+    is_cut: by the decoding options.
+    text: the whole characters that it completes; None without a tokenizer.
+  """
 
   token: int
   probability: float
   is_cut: bool
+  text: str | None
 
 
 @dataclasses.dataclass
@@ -76,6 +83,7 @@ class _Branches:
   tokens_NT: jax.Array
   logprobs_NT: jax.Array
   num_new: int
+  only_V: np.ndarray
 
 
 class Continuations:
@@ -135,6 +143,8 @@ class Continuations:
   def options(self, n: int, m: int, only_V: np.ndarray | None = None) -> list[Continuation]:
     """Returns the n likeliest first tokens, the likeliest first, each decoded on to m tokens.
 
+    Asked again with a larger m, the same continuations go on from where they were.
+
     Args:
       n, m: continuations, and tokens of each.
       only_V: bool, the tokens that may come first; probabilities are those among them, and
@@ -147,30 +157,23 @@ class Continuations:
     vocab_size = self._config.vocab_size
     if not 1 <= n <= vocab_size or m < 1:
       raise ConfigError(f"{n} continuations of {m} tokens; there are 1 to {vocab_size}, of 1 on")
-    total = self._cap(m)
-    with jax.default_matmul_precision("highest"):
-      found = _first(
-        self._generator.weights,
-        self._hidden_1MD,
-        self._cache,
-        np.int32(len(self._ids)),
-        self._all_V if only_V is None else only_V,
-        n,
-        _round_up(total, _FEWEST_NEW_TOKENS),
-        self._config,
-      )
-    self._branches = _Branches(*found, num_new=1)
+    only_V = self._all_V if only_V is None else only_V
+    total = min(m, self._config.context_length - len(self._ids))
+    now = self._branches
+    if now is None or len(now.tokens_NT) != n or not np.array_equal(now.only_V, only_V):
+      with jax.default_matmul_precision("highest"):
+        found = _first(
+          self._generator.weights,
+          self._hidden_1MD,
+          self._cache,
+          np.int32(len(self._ids)),
+          only_V,
+          n,
+          _round_up(total, _FEWEST_NEW_TOKENS),
+          self._config,
+        )
+      self._branches = _Branches(*found, num_new=1, only_V=only_V)
     return self._decode(total)
-
-  def lengthen(self, m: int) -> list[Continuation]:
-    """Decodes the continuations of `options` on by m tokens; nothing is computed again.
-
-    Raises:
-      UserError: no continuations yet.
-    """
-    if self._branches is None or m < 1:
-      raise ConfigError("there is nothing to lengthen by tokens; call options first, and give 1 on")
-    return self._decode(self._cap(self._branches.num_new + m))
 
   def next_tokens(
     self, n: int, options: DecodingOptions | None = None, only_V: np.ndarray | None = None
@@ -200,7 +203,10 @@ class Continuations:
     kept = set(candidates.ids_RC[0][candidates.log_probs_RC[0] > -np.inf].tolist())
     probs_V = np.asarray(jax.nn.softmax(logits_1V[0]))
     order = np.argsort(-probs_V, kind="stable")[: min(n, only_V.sum())].tolist()
-    return [NextToken(token, float(probs_V[token]), token not in kept) for token in order]
+    return [
+      NextToken(token, float(probs_V[token]), token not in kept, self._text(token))
+      for token in order
+    ]
 
   def surprise(self) -> list[float]:
     """Returns -log p, in nats, of each token of the prompt but the first; old ones are kept."""
@@ -226,9 +232,6 @@ class Continuations:
     if not self._ids:
       raise DataError("no prompt is open; call open first")
 
-  def _cap(self, total: int) -> int:
-    return min(total, self._config.context_length - len(self._ids))
-
   def _decode(self, total: int) -> list[Continuation]:
     now, prompt_slots = self._branches, self._hidden_1MD.shape[1]
     width = now.tokens_NT.shape[1]
@@ -250,7 +253,7 @@ class Continuations:
         prompt_slots,
         self._config,
       )
-    now.num_new = total
+    now.num_new = max(now.num_new, total)
     tokens_NT, logprobs_NT = jax.device_get((now.tokens_NT, now.logprobs_NT))
     rows = zip(tokens_NT[:, :total].tolist(), logprobs_NT[:, :total].tolist())
     return [self._answer(*row) for row in rows if row[1][0] > -np.inf]
@@ -258,14 +261,22 @@ class Continuations:
   def _answer(self, tokens: list[int], logprobs: list[float]) -> Continuation:
     ends = self._generator.end_ids
     last = next((i for i, token in enumerate(tokens) if token in ends), len(tokens))
-    pieces = None
-    if self._generator.tokenizer is not None:
-      stream = self._generator.tokenizer.decode_stream(skip_special_tokens=True)
-      for token in self._ids[-_TOKENS_BEFORE:]:
-        stream.step(token)
-      pieces = [stream.step(token) for token in tokens[:last]]
+    pieces = self._decode_pieces(tokens[:last])
     kept = slice(0, last + 1)
     return Continuation(float(np.exp(logprobs[0])), tokens[kept], logprobs[kept], pieces)
+
+  def _text(self, token: int) -> str | None:
+    pieces = self._decode_pieces([token])
+    return pieces and pieces[0]
+
+  def _decode_pieces(self, tokens: list[int]) -> list[str] | None:
+    """Returns the whole characters that each token after the prompt completes."""
+    if self._generator.tokenizer is None:
+      return None
+    stream = self._generator.tokenizer.decode_stream(skip_special_tokens=True)
+    for token in self._ids[-_TOKENS_BEFORE:]:
+      stream.step(token)
+    return [stream.step(token) for token in tokens]
 
 
 def _round_up(size: int, fewest: int) -> int:
