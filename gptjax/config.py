@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import functools
 import importlib.util
+import inspect
 import json
 import types
 import typing
@@ -110,6 +111,16 @@ def _to_plain(value: Any) -> Any:
   return value
 
 
+def field_type(cls: type, dotted: str) -> type:
+  """Returns the type of a dotted key of a dataclass, without "or None"."""
+  for name in dotted.split("."):
+    hint = typing.get_type_hints(cls)[name]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+      (hint,) = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    cls = hint
+  return cls
+
+
 def _convert(hint: Any, value: Any, path: str) -> Any:
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin in (types.UnionType, typing.Union):
@@ -150,45 +161,65 @@ def _require(condition: bool, path: str, value: Any, expected: str) -> None:
 
 
 def apply_overrides(config: ConfigDict, overrides: Mapping[str, str]) -> None:
-  """Sets dotted keys of `config` from command-line text, in place.
-
-  An override that names another text (CORPUS_NAMES) takes the place of all of the experiment's:
-  of CORPUS_DEFAULTS, keys without an override of their own go back to their defaults. So do the
-  details of a choice (`gptjax.details`) that another choice does not use.
+  """Sets dotted keys of `config` from command-line text, in place; see `apply_values`.
 
   Args:
     config: as an experiment's get_config returned it.
     overrides: {"model.num_layers": "3", "data.files": '["a.txt"]'}; values are Python or JSON
       literals, and text that is neither is a string.
+  """
+  apply_values(
+    config,
+    {
+      dotted: parse_literal(text, wants_text=isinstance(_find(config, dotted), str))
+      for dotted, text in overrides.items()
+    },
+  )
+
+
+def apply_values(config: ConfigDict, values: Mapping[str, Any]) -> None:
+  """Sets dotted keys of `config`, in place.
+
+  A value that names another text (CORPUS_NAMES) takes the place of all of the experiment's:
+  of CORPUS_DEFAULTS, keys without a value of their own go back to their defaults. So do the
+  details of a choice (`gptjax.details`) that another choice does not use.
 
   Raises:
     ConfigError: the key does not exist (with the nearest one), or a group is overwritten.
   """
-  values = {}
-  for dotted, text in overrides.items():
-    group, names = config, dotted.split(".")
-    for depth, name in enumerate(names):
-      if not isinstance(group, ConfigDict) or name not in group:
-        keys = [".".join([*names[:depth], key]) for key in group] if hasattr(group, "keys") else []
-        raise ConfigError(f'unknown config key "{dotted}"{did_you_mean(dotted, keys)}')
-      if depth < len(names) - 1:
-        group = group[name]
-    value = parse_literal(text, wants_text=isinstance(group[names[-1]], str))
-    old = group[names[-1]]
+  for dotted, value in values.items():
+    old = _find(config, dotted)
     if isinstance(old, ConfigDict) and (old.is_locked or not isinstance(value, dict)):
       raise ConfigError(f'config key "{dotted}" is a group; set one of its keys instead')
-    group[names[-1]] = values[dotted] = value
+    _set(config, dotted, value)
   for dotted, default in details_without_effect(values).items():
-    group, key = dotted.split(".")
-    config[group][key] = default
-  named = {key for key in CORPUS_NAMES if f"data.{key}" in overrides and config.data[key]}
+    _set(config, dotted, default)
+  named = {key for key in CORPUS_NAMES if f"data.{key}" in values and config.data[key]}
   if named:
     # In a mixture each corpus has a valid_fraction of its own.
     defaults = CORPUS_DEFAULTS | ({"valid_fraction": 0.1} if "mixture" in named else {})
-    given = {key.split(".")[1] for key in overrides if key.startswith("data.")}
+    given = {key.split(".")[1] for key in values if key.startswith("data.")}
     # The labelled examples of a task have some of these keys.
     stale = [key for key in defaults if key in config.data and key not in given]
     _set_keys(config.data, {key: defaults[key] for key in stale})
+
+
+def _find(config: ConfigDict, dotted: str) -> Any:
+  """Returns the value of a dotted key; raises ConfigError, with the nearest, if there is none."""
+  value, names = config, dotted.split(".")
+  for depth, name in enumerate(names):
+    if not isinstance(value, ConfigDict) or name not in value:
+      keys = [".".join([*names[:depth], key]) for key in value] if hasattr(value, "keys") else []
+      raise ConfigError(f'unknown config key "{dotted}"{did_you_mean(dotted, keys)}')
+    value = value[name]
+  return value
+
+
+def _set(config: ConfigDict, dotted: str, value: Any) -> None:
+  *groups, key = dotted.split(".")
+  for name in groups:
+    config = config[name]
+  config[key] = value
 
 
 def _set_keys(group: ConfigDict, values: Mapping[str, Any]) -> None:
@@ -222,6 +253,22 @@ def load_experiment(spec: str, overrides: Mapping[str, str] | None = None) -> Co
   config = load_experiment_module(path).get_config(arg or None)
   apply_overrides(config, overrides or {})
   return config
+
+
+def load_sweep(spec: str) -> Any:
+  """Runs `get_sweep` of an experiment file given as `path/to/file.py[:arg]`.
+
+  It may take the argument, as get_config does, or none.
+
+  Raises:
+    ConfigError: no such file, or no get_sweep in it.
+  """
+  path, _, arg = spec.partition(":")
+  module = load_experiment_module(path)
+  if not hasattr(module, "get_sweep"):
+    raise ConfigError(f'"{path}" has no get_sweep(); see docs/sweep.md')
+  takes_argument = inspect.signature(module.get_sweep).parameters
+  return module.get_sweep(arg or None) if takes_argument else module.get_sweep()
 
 
 @functools.cache
