@@ -32,7 +32,8 @@ from gptjax.errors import (
   did_you_mean,
 )
 from gptjax.model.config import ModelConfig
-from gptjax.model.parameters import model_specs
+from gptjax.model.lora import merge_lora
+from gptjax.model.parameters import ParameterSpec, model_specs
 from gptjax.model.vocabulary import grow_vocabulary
 from gptjax.parallel import Parallel
 from gptjax.tree import map_named, named_leaves
@@ -229,6 +230,8 @@ def load_run(
 ) -> tuple[ModelConfig, PyTree]:
   """Loads the newest whole checkpoint of a run: the average of the parameters where it kept one.
 
+  A fine-tuned run has its "task_head" too, and LoRA's updates are added to the kernels.
+
   Args and Raises: as `load_foreign`.
   """
   run = RunDirectory(path)
@@ -239,6 +242,9 @@ def load_run(
   for line in restored.skipped:
     report(line)
   params = restored.state if parallel is None else parallel.from_saved(restored.state)
+  if "lora" in params:
+    settings = run.read_config()["finetune"]
+    params = merge_lora(params, settings["lora_alpha"] / settings["lora_rank"])
   return config, params
 
 
@@ -275,7 +281,7 @@ def _abstract_params(
 ) -> PyTree:
   """Describes the parameters to restore, with their places."""
   saved = store.saved_params()
-  specs = model_specs(config)
+  specs = model_specs(config) | _task_specs(saved)
   missing = [name for name in named_leaves(specs) if name not in saved]
   if missing:
     raise CheckpointError(f'"{store.path}" lacks {missing[0]}, which its config.json asks for')
@@ -292,3 +298,16 @@ def _abstract_params(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
     jax.eval_shape(zeros, key),
   )
+
+
+def _task_specs(saved: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, PyTree]:
+  """Describes what fine-tuning put beside the language model."""
+  specs = {}
+  for name, leaf in saved.items():
+    *groups, last = name.split("/")
+    if groups[0] in ("task_head", "lora"):
+      group = specs
+      for part in groups:
+        group = group.setdefault(part, {})
+      group[last] = ParameterSpec(leaf.shape)
+  return specs

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class RunDirectory:
   Attributes:
     path: the folder.
     config_path, tokenizer_path, data_path, metrics_path, samples_path, report_path,
-      checkpoints_path: what is in it.
+      checkpoints_path: what is in it; results_path and predictions_path of a fine-tuned one.
   """
 
   def __init__(self, path: str | os.PathLike):
@@ -43,6 +43,8 @@ class RunDirectory:
     self.metrics_path = self.path / "metrics.jsonl"
     self.samples_path = self.path / "samples.txt"
     self.report_path = self.path / "report.html"
+    self.results_path = self.path / "results.json"
+    self.predictions_path = self.path / "predictions.jsonl"
     self.checkpoints_path = self.path / "checkpoints"
     self._metrics = _Log(self.metrics_path)
     self._samples = _Log(self.samples_path)
@@ -184,6 +186,20 @@ class RunDirectory:
   def write_report(self, html: str) -> None:
     """Replaces report.html."""
     write_whole(self.report_path, html)
+
+  def write_results(
+    self, results: Mapping[str, Any], predictions: Sequence[Mapping[str, Any]]
+  ) -> None:
+    """Replaces predictions.jsonl, a line each, and then results.json: the run is complete."""
+    lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in predictions)
+    write_whole(self.predictions_path, "".join(lines))
+    write_whole(self.results_path, json.dumps(results, indent=2) + "\n")
+
+  def read_results(self) -> dict[str, Any] | None:
+    """Reads results.json; None where there is none that can be read."""
+    with contextlib.suppress(ValueError, OSError):
+      return json.loads(self.results_path.read_text())
+    return None
 
   def latest_step(self) -> int | None:
     """Returns the step of the newest committed checkpoint, or None."""

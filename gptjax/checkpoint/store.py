@@ -155,6 +155,14 @@ class CheckpointStore:
       )
     return True
 
+  def drop_after(self, step: int) -> None:
+    """Removes the checkpoints of later steps. Raises CheckpointError if that fails."""
+    self.wait()
+    later = [there for there in self.steps() if there > step]
+    with self._reporting():
+      for there in later:
+        self._open().delete(there)
+
   def wait(self) -> None:
     """Blocks until the save under way is on disk. Raises CheckpointError if it failed."""
     if self._manager is not None:

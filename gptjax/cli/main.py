@@ -16,7 +16,9 @@ from gptjax.errors import ConfigError, UserError, did_you_mean
 
 VERBS = {
   "pretrain": "Train a language model from text, or resume.",
+  "finetune": "Train a pretrained model on a labelled task, or resume.",
   "data": "Look at training data: `gptjax data show`.",
+  "evaluate": "Score a model: perplexity, benchmarks, comparisons, with a receipt.",
   "generate": "Continue prompts; without one, those typed.",
   "info": "Describe a model and what differs from its published recipe.",
   "convert": "Write a model as a Hugging Face folder or a run.",
@@ -53,7 +55,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     raise ConfigError(f'unknown verb "{words[0]}"{did_you_mean(words[0], VERBS)}')
   options, unknown = parser.parse_known_args(arguments)
   if unknown:
-    known = (verb_parser or parser)._option_string_actions
+    # A verb that has its own verbs says which of its parsers it was.
+    known = getattr(options, "parser", verb_parser or parser)._option_string_actions
     raise ConfigError(f'unknown argument "{unknown[0]}"{did_you_mean(unknown[0], known)}')
   if "run" not in options:
     parser.print_help(sys.stderr)

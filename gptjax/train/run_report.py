@@ -40,20 +40,28 @@ def training_report(
   sections = [report.headline({**_headline(metrics), **(facts or {})})]
   sections += [report.text(note) for note in notes]
   sections.append(report.section("Curves", report.grid(*_charts(metrics))))
-  if samples:
-    items = [(f"step {step:,}", prompt, continuation) for step, prompt, continuation in samples]
-    sections.append(report.section("Samples", report.samples(items)))
+  sections += samples_section(samples)
   evaluations = _evaluations(metrics)
   if evaluations:
     sections.append(report.section("Evaluations", evaluations))
+  sections += origin_section(config_json, environment)
+  return report.render_report(title, sections)
+
+
+def samples_section(samples: Sequence[tuple[int, str, str]]) -> list[str]:
+  """Returns the section of (step, prompt, continuation), or nothing without any."""
+  items = [(f"step {step:,}", prompt, continuation) for step, prompt, continuation in samples]
+  return [report.section("Samples", report.samples(items))] if items else []
+
+
+def origin_section(config_json: str, environment: Mapping[str, str] | None) -> list[str]:
+  """Returns the section that says how a run was made, or nothing where nothing is known."""
   details = []
   if config_json:
     details.append(report.collapsible("Configuration", report.preformatted(config_json)))
   if environment:
     details.append(report.collapsible("Environment", report.key_values(environment)))
-  if details:
-    sections.append(report.section("How it was made", *details))
-  return report.render_report(title, sections)
+  return [report.section("How it was made", *details)] if details else []
 
 
 def best_evaluation(metrics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -63,14 +71,19 @@ def best_evaluation(metrics: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] |
 
 
 def _headline(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-  best, last = best_evaluation(metrics), metrics[-1] if metrics else {"step": 0}
+  best = best_evaluation(metrics)
   values = {}
   if best:
     values["Best valid loss"] = f"{best['valid_loss']:.4f}"
     if _is_finite(best, "valid_bits_per_byte"):
       values["Bits per byte"] = f"{best['valid_bits_per_byte']:.4f}"
     values["At step"] = f"{best['step']:,}"
-  values["Steps"] = f"{last['step']:,}"
+  return values | steps_and_time(metrics)
+
+
+def steps_and_time(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+  """Returns how far a run has come, for the headline."""
+  values = {"Steps": f"{metrics[-1]['step'] if metrics else 0:,}"}
   seconds = [line["seconds"] for line in metrics if _is_finite(line, "seconds")]
   if seconds:
     values["Time"] = report.format_seconds(seconds[-1])
@@ -78,31 +91,52 @@ def _headline(metrics: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-  def series(name: str, key: str, **options: Any) -> Series:
-    lines = [line for line in metrics if _is_finite(line, key)]
-    return Series(name, [line["step"] for line in lines], [line[key] for line in lines], **options)
-
-  def noisy(name: str, key: str) -> Series:
-    return series(name, key, smoothing=SMOOTHED_POINTS)
-
-  train = noisy("training", "train_loss")
-  valid = series("validation", "valid_loss", has_markers=True)
-  bits = series("validation", "valid_bits_per_byte", has_markers=True)
-  rate = series("learning rate", "learning_rate")
-  norm = noisy("gradient norm", "grad_norm")
-  speed = noisy("tokens per second", "tokens_per_second")
-  charts = [
-    line_chart("Loss", [train, valid], y_label="nats per token"),
+  bits = evaluated(metrics, "validation", "valid_bits_per_byte")
+  return [
+    loss_chart(metrics, "nats per token"),
     line_chart("Validation, bits per byte", [bits], y_label="bits per byte"),
+    *progress_charts(metrics),
+  ]
+
+
+def loss_chart(metrics: Sequence[Mapping[str, Any]], unit: str) -> str:
+  """Draws the loss in training and validation."""
+  lines = [
+    _noisy(metrics, "training", "train_loss"),
+    evaluated(metrics, "validation", "valid_loss"),
+  ]
+  return line_chart("Loss", lines, y_label=unit)
+
+
+def progress_charts(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+  """Draws learning rate, gradient norm, and speed."""
+  rate = _series(metrics, "learning rate", "learning_rate")
+  norm = _noisy(metrics, "gradient norm", "grad_norm")
+  speed = _noisy(metrics, "tokens per second", "tokens_per_second")
+  charts = [
     line_chart("Learning rate", [rate], y_range=(0, None)),
     line_chart("Gradient norm", [norm], y_label="before clipping", is_log=True),
     line_chart("Throughput", [speed], y_label="tokens per second", y_range=(0, None)),
   ]
   if any(_is_finite(line, "mfu") for line in metrics):
-    mfu = noisy("MFU", "mfu")
+    mfu = _noisy(metrics, "MFU", "mfu")
     title = "Model FLOPs utilisation"
     charts.append(line_chart(title, [mfu], y_label="fraction of the peak", y_range=(0, None)))
   return charts
+
+
+def evaluated(metrics: Sequence[Mapping[str, Any]], name: str, key: str) -> Series:
+  """Returns the line of a value that evaluations measure."""
+  return _series(metrics, name, key, has_markers=True)
+
+
+def _noisy(metrics: Sequence[Mapping[str, Any]], name: str, key: str) -> Series:
+  return _series(metrics, name, key, smoothing=SMOOTHED_POINTS)
+
+
+def _series(metrics: Sequence[Mapping[str, Any]], name: str, key: str, **options: Any) -> Series:
+  lines = [line for line in metrics if _is_finite(line, key)]
+  return Series(name, [line["step"] for line in lines], [line[key] for line in lines], **options)
 
 
 def _evaluations(metrics: Sequence[Mapping[str, Any]]) -> str:

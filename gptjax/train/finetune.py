@@ -1,0 +1,407 @@
+"""Fine-tuning on a labelled task: puts a config's examples, pretrained model and loop together."""
+
+import contextlib
+import dataclasses
+import time
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gptjax import config as config_lib
+from gptjax.batch import Batch
+from gptjax.checkpoint.run_directory import RunDirectory
+from gptjax.checkpoint.store import CheckpointStore
+from gptjax.data.task_batches import PADDING, TaskBatches, choose_buckets, scoring_batches
+from gptjax.data.task_inputs import EncodedTask, encode_examples, find_task_tokens
+from gptjax.data.tasks import TaskData, load_task
+from gptjax.errors import ConfigError
+from gptjax.evaluate.task_metrics import decide, describe_predictions, task_metrics
+from gptjax.model.lora import lora_specs, merge_lora
+from gptjax.model.parameters import init_specs, model_specs, task_head_specs
+from gptjax.train.finetune_config import FinetuneConfig, ResolvedFinetuneConfig
+from gptjax.train.loop import Event
+from gptjax.train.optimizer import Hyperparameters, hyperparameters
+from gptjax.train.run import IsEnough, TrainingRun, never
+from gptjax.train.schedule import resolve_durations
+from gptjax.train.setup import (
+  CHANGEABLE_KEYS,
+  ending_at_once,
+  ending_together,
+  make_parallel,
+  say,
+  start_devices,
+)
+from gptjax.train.step import TrainState
+from gptjax.train.task_objective import TaskObjective, example_losses, output_program
+from gptjax.train.task_report import task_report
+from gptjax.train.transfer import Origin, find_origin, load_transferred
+from gptjax.tree import named_leaves, split_named
+
+# Under LoRA the model itself stays as it is, but for the head.
+LORA_FROZEN_PATTERN = r"^(decoder|lm_head)/"
+
+
+def finetune(config: FinetuneConfig, workdir: str, is_enough: IsEnough = never) -> bool:
+  """Fine-tunes a pretrained model into a run directory, or goes on with the run that is there.
+
+  Args:
+    config: the run; its num_seeds is 1.
+    workdir: the run directory.
+    is_enough: as of TrainingRun.
+
+  Returns:
+    Whether the run is complete, and not stopped before its end.
+
+  Raises:
+    UserError: whatever in config, data, model or the directory keeps it from running.
+  """
+  started = time.time()
+  start_devices(config)
+  parallel = make_parallel(config)
+  run = RunDirectory(workdir)
+  is_first = parallel.process_index == 0
+  with contextlib.ExitStack() as stack:
+    with ending_together(parallel):
+      if is_first:
+        stack.enter_context(run.lock())
+      origin = find_origin(config, run)
+      examples = _Examples.load(config, origin)
+      config = resolve_config(config, origin, examples)
+      identity = (
+        config_lib.to_json(config), origin.tokenizer, CHANGEABLE_KEYS, examples.describe()
+      )  # fmt: skip
+      if is_first:
+        run.create_or_check(*identity)
+    with ending_together(parallel):
+      if not is_first:  # with other data or another config, the processes would not fit together
+        run.check(*identity)
+      is_finished = is_finished_and_whole(run)
+    if is_finished:
+      say(f"{workdir} is complete; nothing to do")
+      return True
+    with ending_at_once(parallel):
+      return Finetuning(
+        config=config,
+        run=run,
+        tokenizer=origin.tokenizer,
+        parallel=parallel,
+        num_steps=config.train.num_steps,
+        started=started,
+        is_enough=is_enough,
+        best_metric=f"negated_{examples.task.metrics[0]}",
+        examples=examples,
+      ).run_all()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Examples:
+  """The examples of a run as sequences.
+
+  Attributes:
+    data: as they were read.
+    train, valid: encoded.
+    buckets: padded lengths, of both.
+  """
+
+  data: TaskData
+  train: EncodedTask
+  valid: EncodedTask
+  buckets: tuple[int, ...]
+
+  @property
+  def task(self):
+    return self.data.task
+
+  @classmethod
+  def load(cls, config: FinetuneConfig, origin: Origin) -> "_Examples":
+    """Reads and encodes them, and says what was left out or cut."""
+    data = load_task(config.data)
+    max_length = config.data.max_length or origin.model.context_length
+    tokens = find_task_tokens(origin.tokenizer, config.data)
+    train, valid = (
+      encode_examples(examples, data.task, origin.tokenizer, tokens, max_length)
+      for examples in (data.train, data.valid)
+    )
+    lengths_N = np.concatenate([train.lengths_N, valid.lengths_N])
+    buckets = choose_buckets(lengths_N, config.data.num_buckets, max_length)
+    for note in data.notes:
+      say(note)
+    say(
+      f"task: {data.task.family}, {train.num_examples:,} examples to train on and"
+      f" {valid.num_examples:,} to validate, padded to {', '.join(map(str, buckets))} tokens"
+    )
+    for name, encoded in (("training", train), ("validation", valid)):
+      if encoded.num_cut:
+        say(
+          f"{encoded.num_cut:,} of {encoded.num_examples:,} {name} examples were cut to"
+          f" {max_length} tokens a sequence"
+        )
+    return cls(data, train, valid, buckets)
+
+  def describe(self) -> dict[str, Any]:
+    """Describes the examples well enough to tell them from others, wherever they are."""
+    return {"train": _describe(self.train), "valid": _describe(self.valid)}
+
+
+def _describe(encoded: EncodedTask) -> dict[str, int]:
+  checksum = zlib.crc32(encoded.labels_N.tobytes())
+  for sequences in encoded.sequences:
+    for sequence in sequences:
+      for piece in sequence:
+        checksum = zlib.crc32(piece.astype("<i4").tobytes(), checksum)
+  return {"num_examples": encoded.num_examples, "crc32": checksum}
+
+
+def resolve_config(
+  config: FinetuneConfig, origin: Origin, examples: _Examples
+) -> ResolvedFinetuneConfig:
+  """Fills in the architecture, the labels, the class weights, the length, and what is frozen.
+
+  Raises:
+    ConfigError: class weights that do not fit the labels, patterns that match nothing, no length.
+  """
+  settings, optimizer, train = config.finetune, config.optimizer, config.train
+  settings = dataclasses.replace(
+    settings, class_weights=_class_weights(config, examples), balance_classes=False
+  )
+  if settings.lora_pattern and not optimizer.frozen_pattern:
+    optimizer = dataclasses.replace(optimizer, frozen_pattern=LORA_FROZEN_PATTERN)
+  num_steps = _num_steps(config, examples)
+  train = dataclasses.replace(train, num_steps=num_steps, num_epochs=None)
+  fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+  fields |= {"model": origin.model, "data": examples.data.config, "finetune": settings}
+  resolved = ResolvedFinetuneConfig(**fields | {"optimizer": optimizer, "train": train})
+  trained, frozen = map(named_leaves, split_named(param_specs(resolved), optimizer.frozen_pattern))
+  if not trained or (optimizer.frozen_pattern and not frozen):
+    raise ConfigError(
+      f'optimizer.frozen_pattern "{optimizer.frozen_pattern}" matches'
+      f" {'no' if trained else 'every'} parameter; their paths are {', '.join(trained or frozen)}"
+    )
+  return resolved
+
+
+def _class_weights(config: FinetuneConfig, examples: _Examples) -> tuple[float, ...]:
+  settings, labels = config.finetune, examples.task.labels
+  if not (settings.class_weights or settings.balance_classes):
+    return ()
+  if not labels:
+    key = "class_weights" if settings.class_weights else "balance_classes"
+    raise ConfigError(f"finetune.{key} has no effect on scores and choices, which have no classes")
+  if settings.balance_classes:
+    counts_C = np.bincount(examples.train.labels_N, minlength=len(labels))
+    return tuple((counts_C.sum() / (len(labels) * np.maximum(counts_C, 1))).tolist())
+  if len(settings.class_weights) != len(labels):
+    raise ConfigError(
+      f"finetune.class_weights has {len(settings.class_weights)} entries, and the labels are"
+      f" {', '.join(labels)}; give one for each"
+    )
+  return settings.class_weights
+
+
+def _num_steps(config: FinetuneConfig, examples: _Examples) -> int:
+  train = config.train
+  if train.num_steps is not None:
+    return train.num_steps
+  if train.num_epochs is None:
+    raise ConfigError("the run has no length; set train.num_epochs or train.num_steps")
+  per_epoch = -(-examples.train.num_examples // train.batch_rows)
+  return max(round(train.num_epochs * per_epoch), 1)
+
+
+def param_specs(config: ResolvedFinetuneConfig) -> dict[str, Any]:
+  """Describes the whole tree: the language model, the head, and LoRA's factors."""
+  settings, task = config.finetune, config.data.task
+  specs = model_specs(config.model)
+  specs["task_head"] = task_head_specs(config.model, task.num_outputs)
+  if settings.lora_pattern:
+    specs["lora"] = lora_specs(config.model, settings.lora_pattern, settings.lora_rank)
+  return specs
+
+
+def is_finished_and_whole(run: RunDirectory) -> bool:
+  """Says whether the results are written and the checkpoint they are of can be read."""
+  results = run.read_results()
+  if results is None or results["step"] != run.latest_step():
+    return False
+  with CheckpointStore(run.checkpoints_path) as store:
+    return store.is_whole(results["step"])
+
+
+@dataclasses.dataclass(kw_only=True)
+class Finetuning(TrainingRun):
+  """A run on labelled examples.
+
+  Attributes:
+    examples: what it trains on, and is measured on.
+  """
+
+  examples: _Examples
+
+  def __post_init__(self):
+    config, examples = self.config, self.examples
+    self._batches = TaskBatches(
+      examples.train, config.train.batch_rows, config.seed, examples.buckets
+    )
+    self._scores: dict[int, float] | None = None
+    self._outputs_NC: np.ndarray | None = None
+
+  def objective(self) -> TaskObjective:
+    settings = self.config.finetune
+    objective = TaskObjective(
+      self.config.model,
+      self.examples.task,
+      has_lm=settings.lm_coefficient > 0,
+      classifier_dropout=settings.classifier_dropout,
+      class_weights=settings.class_weights,
+      lora_scale=settings.lora_scale,
+      chunk_tokens=self.config.train.loss_chunk_tokens,
+    )
+    self._output_step = output_program(self.parallel, objective)
+    return objective
+
+  def hyperparameters(self) -> Hyperparameters:
+    config = self.config
+    durations = resolve_durations(config.optimizer, self.num_steps, self._tokens_before)
+    return hyperparameters(
+      config.optimizer, durations, lm_coefficient=config.finetune.lm_coefficient
+    )
+
+  def _tokens_before(self, step: int) -> int:
+    """Counts tokens as if all steps had as many: an epoch's mean."""
+    train = self.examples.train
+    num_tokens = sum(len(piece) for each in train.sequences for row in each for piece in row)
+    return round(step * num_tokens / self._batches.batches_per_epoch)
+
+  def init_params(self, key: jax.Array) -> Any:
+    params = init_specs(param_specs(self.config), key)
+    if self.examples.task.target == "score":
+      # The best guess without a look at the texts, from which 3 epochs at 6e-5 could not come far.
+      params["task_head"]["bias"] = jnp.full((1,), self.examples.train.labels_N.mean())
+    return params
+
+  def load_initial(self, params: Any) -> Any:
+    if not self.config.finetune.pretrained:
+      return params
+    return load_transferred(self.config, params, self.config.model, self.parallel)
+
+  def batches(self, start_step: int) -> Iterator[Batch]:
+    parallel = self.parallel
+    for batch in self._batches.batches(start_step, parallel.process_index, parallel.process_count):
+      yield self._fill_up(batch, self.config.train.accumulation)
+
+  def row_size(self) -> tuple[int, int]:
+    rows = self.config.train.batch_rows * self.examples.train.num_sequences
+    return rows, self.examples.buckets[-1]
+
+  def model_params(self, state: TrainState) -> Any:
+    return merge_lora(state.eval_params, self.config.finetune.lora_scale)
+
+  def events(self) -> list[Event]:
+    evaluation = Event(self.config.eval.every_steps, self._evaluate, "evaluating", measures=True)
+    return [evaluation, *self.sample_events()]
+
+  def has_converged(self) -> bool:
+    """Says whether the last finetune.patience evaluations brought nothing better."""
+    patience = self.config.finetune.patience
+    if not patience:
+      return False
+    scores = [*self._known_scores().values()]
+    return len(scores) > patience and max(scores[-patience:]) <= max(scores[:-patience])
+
+  def _known_scores(self) -> dict[int, float]:
+    """Returns {step: first metric}, of earlier processes too."""
+    if self._scores is None:
+      name = f"valid_{self.examples.task.metrics[0]}"
+      lines = self.run.read_metrics()
+      self._scores = {line["step"]: line[name] for line in lines if name in line}
+    return self._scores
+
+  def _evaluate(self, step: int, state: TrainState) -> Mapping[str, float]:
+    self._outputs_NC = self._outputs(state, self.config.eval.max_rows)
+    values = self._measure(self._outputs_NC)
+    self._known_scores()[step] = values[self.examples.task.metrics[0]]
+    return {f"valid_{name}": value for name, value in values.items()}
+
+  def saved_metrics(self, line: Mapping[str, Any]) -> dict[str, float]:
+    name = f"valid_{self.examples.task.metrics[0]}"
+    return {self.best_metric: -line[name]} if name in line else {}
+
+  def _measure(self, outputs_NC: np.ndarray) -> dict[str, float]:
+    """Returns the task's metrics and the mean loss of the first validation examples."""
+    task, labels_N = self.examples.task, self.examples.valid.labels_N[: len(outputs_NC)]
+    metrics = task_metrics(task, labels_N, decide(task, outputs_NC))
+    losses_N = np.asarray(example_losses(task, jnp.asarray(outputs_NC), jnp.asarray(labels_N)))
+    return {"loss": float(losses_N.mean(dtype=np.float64)), **metrics}
+
+  def _outputs(self, state: TrainState, max_examples: int = 0) -> np.ndarray:
+    """Returns float32 [N, C] of the validation examples, in their order, in every process."""
+    parallel, valid = self.parallel, self.examples.valid
+    if max_examples:
+      valid = dataclasses.replace(
+        valid, sequences=valid.sequences[:max_examples], labels_N=valid.labels_N[:max_examples]
+      )
+    batch_rows = self.config.eval.batch_rows
+    batch_rows += -batch_rows % parallel.process_count
+    outputs_NC = None
+    for indices_E, batch in scoring_batches(valid, batch_rows, self.examples.buckets):
+      share = self._fill_up(self._share(batch), 1)
+      gathered = parallel.to_host(self._output_step(state, parallel.shard_batch(share, 1)))
+      by_process = gathered.reshape(parallel.process_count, -1, gathered.shape[-1])
+      outputs_EC = by_process[:, : batch_rows // parallel.process_count].reshape(batch_rows, -1)
+      if outputs_NC is None:
+        outputs_NC = np.zeros((valid.num_examples, outputs_EC.shape[1]), np.float32)
+      is_real_E = indices_E != PADDING
+      outputs_NC[indices_E[is_real_E]] = outputs_EC[is_real_E]
+    return outputs_NC
+
+  def _share(self, batch: Batch) -> Batch:
+    """Returns this process's part of a batch."""
+    index, count = self.parallel.process_index, self.parallel.process_count
+    return batch.map(lambda array: np.split(array, count)[index])
+
+  def _fill_up(self, batch: Batch, accumulation: int) -> Batch:
+    """Adds examples of padding until they divide among micro-batches and devices, whole."""
+    parallel = self.parallel
+    num_examples = len(batch.labels_B)
+    missing = -num_examples % (accumulation * parallel.row_multiple // parallel.process_count)
+
+    def pad(array):
+      rows = missing * (len(array) // num_examples)
+      return np.pad(array, [(0, rows), *[(0, 0)] * (array.ndim - 1)])
+
+    return batch.map(pad)
+
+  def finish(self, state: TrainState, step: int) -> None:
+    """Chooses the checkpoint, scores it on all validation examples, and writes the results."""
+    if self.config.finetune.patience and (best := self.store.best_step()) not in (None, step):
+      say(f"the best checkpoint is that of step {best}; those after it are removed")
+      self.store.drop_after(best)
+      restored = self.store.restore_latest(self.abstract_state())
+      state, chosen = self.parallel.from_saved(restored.state), restored.step
+    else:
+      chosen = step
+    self._outputs_NC = outputs_NC = self._outputs(state)
+    metrics = self._measure(outputs_NC)
+    say("validation: " + ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
+    self.store.wait()
+    if self.parallel.process_index == 0:
+      task, examples = self.examples.task, self.examples.data.valid
+      predictions = describe_predictions(task, examples, outputs_NC)
+      gold = (task.labels[e.label] if task.labels else e.label for e in examples)
+      results = {
+        "step": chosen,
+        "steps_trained": step,
+        "metrics": metrics,
+        "examples": len(examples),
+        "seconds": self.seconds(),
+      }
+      self.run.write_results(
+        results, [line | {"gold": label} for line, label in zip(predictions, gold)]
+      )
+
+  def report_page(self, metrics: list[dict[str, Any]], **common: Any) -> str:
+    return task_report(self.run.path.name, metrics, self.examples.data, self._outputs_NC, **common)
