@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from gptjax.config import from_config_dict, load_experiment
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, did_you_mean
 
 CONFIG_PREFIX = "--config."
 MODEL_HELP = "run directory, Hugging Face folder, other library's file, or hub name"
@@ -16,6 +16,12 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str):
     raise ConfigError(f"{message} (see {self.prog} --help)")
+
+  def _check_value(self, action: argparse.Action, value: Any) -> None:
+    # argparse lists all choices, and ours are spelled wrong more often than unknown.
+    if action.choices is not None and value not in action.choices:
+      name = action.option_strings[-1] if action.option_strings else action.metavar or action.dest
+      raise ConfigError(f'{name} is "{value}"{did_you_mean(str(value), map(str, action.choices))}')
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:

@@ -3,16 +3,13 @@
 import argparse
 import dataclasses
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from gptjax.api import Model, load
 from gptjax.cli.arguments import MODEL_HELP, add_json
+from gptjax.cli.compilation import enable_compilation_cache
 from gptjax.errors import ConfigError, UserError
 from gptjax.generate import programs
 from gptjax.generate.generator import draw_seed
@@ -105,21 +102,6 @@ def run(options: argparse.Namespace) -> None:
       _print(model, prompts, decoding, options)
   finally:
     stop_listening()
-
-
-def enable_compilation_cache() -> None:
-  """Keeps compiled programs between processes, under ~/.cache; GPTJAX_CACHE=off switches it off."""
-  if os.environ.get("GPTJAX_CACHE") == "off":
-    return
-  home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-  folder = Path(home, "gptjax", "programs")
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
-  except OSError as error:
-    print(f"compiled programs are not kept: {error}", file=sys.stderr)
-    return
-  jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def _read_lines(path: str) -> list[str]:

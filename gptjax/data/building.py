@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from gptjax.errors import DataError
+from gptjax.report import format_count
 
 
 def build_once(
@@ -45,23 +46,26 @@ def _remove(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def show_progress(name: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+def show_progress(
+  name: str, total: int | None = None, unit: str = "bytes"
+) -> Iterator[Callable[[int], None]]:
   """Shows a bar on standard error, if that is a terminal."""
   console = Console(stderr=True)
   columns = (
     TextColumn("{task.description}"),
     BarColumn(),
-    TextColumn("{task.fields[megabytes]:.0f} MB"),
+    TextColumn("{task.fields[amount]}"),
     TimeRemainingColumn(),
   )
   done = 0
   with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-    task = bar.add_task(name, total=total, megabytes=0.0)
+    task = bar.add_task(name, total=total, amount="")
 
-    def advance(num_bytes: int) -> None:
+    def advance(count: int) -> None:
       nonlocal done
-      done += num_bytes
-      bar.update(task, completed=done, megabytes=done / 1e6)
+      done += count
+      amount = f"{done / 1e6:.0f} MB" if unit == "bytes" else f"{format_count(done)} {unit}"
+      bar.update(task, completed=done, amount=amount)
 
     yield advance
 

@@ -55,11 +55,11 @@ def _distance(config: ModelConfig, preset: ModelConfig) -> float:
 
 
 def _differences(config: ModelConfig, preset: ModelConfig) -> dict[str, tuple[Any, Any]]:
-  here, there = _spell_out(config), _spell_out(preset)
+  here, there = spell_out(config), spell_out(preset)
   return {name: (here[name], there[name]) for name in here if here[name] != there[name]}
 
 
-def _spell_out(config: ModelConfig) -> dict[str, Any]:
+def spell_out(config: ModelConfig) -> dict[str, Any]:
   """Returns the fields that matter, with what None stands for, and None for what has no effect."""
   fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
   fields |= {"head_dim": config.head_width, "ffw_dim": config.ffw_width}

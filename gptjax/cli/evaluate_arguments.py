@@ -1,0 +1,139 @@
+"""What the tasks of `gptjax evaluate` share: flags, the model, and how figures are printed."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from gptjax.checkpoint.models import DTYPES, Loaded, load_model
+from gptjax.cli.arguments import MODEL_HELP, add_json
+from gptjax.cli.compilation import enable_compilation_cache
+from gptjax.errors import ConfigError
+from gptjax.evaluate.detokenizers import DETOKENIZERS
+from gptjax.evaluate.protocol import DOCUMENTS, STARTS, TextProtocol
+from gptjax.evaluate.scoring import Scorer
+from gptjax.parallel import make_parallel
+
+_TEXT_FLAGS = {
+  "start": ("token before each document", STARTS),
+  "documents": ("what is a document: whole files and records, or lines of text files", DOCUMENTS),
+  "text_column": ("field of jsonl, csv, parquet and hub records", None),
+  "detokenizer": ("puts parted text together first", tuple(DETOKENIZERS)),
+  "dtype": ("of parameters and products", DTYPES),
+}
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+  """Adds --model, --tokenizer, --batch-size and --json."""
+  parser.add_argument("--model", required=True, help=MODEL_HELP)
+  parser.add_argument("--tokenizer", help="file or folder to take instead of the model's own")
+  parser.add_argument(
+    "--batch-size", type=int, help="rows of a whole context in a batch; changes speed only"
+  )
+  add_json(parser)
+
+
+def add_data(parser: argparse.ArgumentParser, is_required: bool = True) -> None:
+  """Adds --data."""
+  parser.add_argument(
+    "--data",
+    nargs="+",
+    action="extend",
+    required=is_required,
+    help="text, jsonl, csv, parquet or token (.bin) files, globs, or hub:NAME@SPLIT",
+  )
+
+
+def add_text_protocol(parser: argparse.ArgumentParser) -> None:
+  """Adds a flag for each field of a TextProtocol but its name."""
+  add_fields(parser, _TEXT_FLAGS)
+
+
+def add_fields(parser: argparse.ArgumentParser, flags: Mapping[str, tuple]) -> None:
+  """Adds flags, {name of the field: (help, choices)}."""
+  for name, (help, choices) in flags.items():
+    flag = f"--{name.replace('_', '-')}"
+    parser.add_argument(flag, help=help, choices=choices, dest=f"field_{name}")
+
+
+def read_protocol(options: argparse.Namespace, base: TextProtocol) -> Any:
+  """Returns a protocol with the fields that flags give."""
+  given = {
+    name.removeprefix("field_"): value
+    for name, value in vars(options).items()
+    if name.startswith("field_") and value is not None
+  }
+  return dataclasses.replace(base, **given)
+
+
+def load_scorer(
+  options: argparse.Namespace, dtype: str, name: str | None = None
+) -> tuple[Loaded, Scorer]:
+  """Loads the model (or another one, by name) onto every local device."""
+  if options.batch_size is not None and options.batch_size < 1:
+    raise ConfigError(f"--batch-size is {options.batch_size}; it must be at least 1")
+  enable_compilation_cache()
+  parallel = make_parallel("pmap", devices=jax.local_devices())
+  model = load_model(name or options.model, dtype, parallel, tokenizer=options.tokenizer)
+  return model, Scorer(model, options.batch_size, parallel)
+
+
+def print_receipt(receipt: dict[str, Any], options: argparse.Namespace) -> None:
+  """Prints a receipt, as JSON or as a table."""
+  receipt = {"model": options.model, "data": options.data, **receipt}
+  if options.json:
+    print(json.dumps(receipt, ensure_ascii=False))
+    return
+  for name, value in _rows(receipt):
+    print(f"{name.replace('_', ' '):<30}{value}")
+
+
+def _rows(receipt: dict[str, Any]) -> list[tuple[str, str]]:
+  """Spells out a receipt, a row for each figure with its standard error."""
+  skipped = ("task", "versions", "counts", "protocol", "published", "standard_error_over")
+  rows = []
+  for name, value in receipt.items():
+    if name in skipped or name.endswith("standard_error"):
+      continue
+    rows.append((name, _format(value) + _error_of(name, receipt)))
+  rows += [("published", _published(entry)) for entry in receipt.get("published", [])]
+  for name in ("counts", "protocol", "versions"):
+    words = [
+      f"{key.replace('_', ' ')} {_format(value)}" for key, value in receipt.get(name, {}).items()
+    ]
+    rows.append((name, ", ".join(words)))
+  return rows
+
+
+def _error_of(name: str, receipt: dict[str, Any]) -> str:
+  plain = name in ("nats_per_token", "nats_per_word")
+  error = receipt.get("standard_error" if plain else f"{name}_standard_error")
+  if error is None:
+    return ""
+  over = f" (over {receipt['standard_error_over']})" if "standard_error_over" in receipt else ""
+  return f" ± {error:.2g}{over if plain else ''}"
+
+
+def _published(entry: dict[str, Any]) -> str:
+  sizes = "" if entry["is_same_size"] else ", which has other sizes"
+  return (
+    f"{entry['figure'].replace('_', ' ')} {entry['published']:g} for {entry['model']}{sizes};"
+    f" difference {entry['difference']:+.4g}"
+  )
+
+
+def _format(value: Any) -> str:
+  if isinstance(value, dict):
+    return f"{value['name'].replace('_', ' ')} {_format(value['value'])}"
+  if isinstance(value, list):
+    return " ".join(map(str, value))
+  if isinstance(value, float):
+    return f"{value:.6g}"
+  if isinstance(value, int):
+    return f"{value:,}"
+  if isinstance(value, str) and len(value) == 64:
+    return value[:12]
+  return "-" if value is None else str(value)

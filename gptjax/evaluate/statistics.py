@@ -1,0 +1,40 @@
+"""Standard errors of what is measured on text."""
+
+import math
+
+import numpy as np
+
+# With fewer documents than this, errors are estimated from windows.
+_FEWEST_DOCUMENTS = 30
+
+
+def independent_units(document_W: np.ndarray) -> tuple[str, np.ndarray]:
+  """Returns what is taken as independent, and the number of the unit of each window."""
+  if document_W[-1] + 1 >= _FEWEST_DOCUMENTS:
+    return "documents", document_W
+  return "windows", np.arange(len(document_W))
+
+
+def standard_error(sums: np.ndarray, weights: np.ndarray, units: np.ndarray) -> float | None:
+  """Estimates the standard error of sum(sums) / sum(weights) from units drawn independently.
+
+  Args:
+    sums, weights: of parts.
+    units: number of the unit of each part.
+
+  Returns:
+    None for a single unit. Source: Cochran 1977, "Sampling Techniques", section 6.4 (the variance
+    of a ratio).
+  """
+  sums, weights = np.bincount(units, sums), np.bincount(units, weights)
+  count = len(sums)
+  if count < 2:
+    return None
+  residuals = sums - sums.sum() / weights.sum() * weights
+  variance = count / (count - 1) * float(residuals @ residuals)
+  return math.sqrt(variance) / float(weights.sum())
+
+
+def error_of_mean(values: np.ndarray) -> float | None:
+  """Returns the standard error of the mean of independent values; None for a single one."""
+  return standard_error(values, np.ones(len(values)), np.arange(len(values)))
