@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from gptjax import __version__
 from gptjax.cli.arguments import split_overrides
+from gptjax.cli.compilation import enable_compilation_cache
 from gptjax.cli.main import main
 from gptjax.errors import ConfigError
 
@@ -54,6 +57,20 @@ def test_overrides_are_taken_out_of_the_arguments():
 def test_an_override_without_value_is_refused():
   with pytest.raises(ConfigError, match=r"--config\.seed has no value"):
     split_overrides(["--config.seed"])
+
+
+def test_every_compiled_program_is_kept_between_processes(tmp_path, monkeypatch):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  monkeypatch.delenv("GPTJAX_CACHE", raising=False)
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = [getattr(jax.config, name) for name in names]
+  try:
+    enable_compilation_cache()
+    jax.jit(lambda x: x * 3)(jnp.arange(5))  # far below jax's own threshold of a second
+    assert list((tmp_path / "gptjax" / "programs").glob("jit__lambda*"))
+  finally:
+    for name, value in zip(names, before):
+      jax.config.update(name, value)
 
 
 def test_data_show_prints_one_object(tmp_path, capsys):

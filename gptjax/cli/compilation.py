@@ -21,3 +21,4 @@ def enable_compilation_cache() -> None:
     print(f"compiled programs are not kept: {error}", file=sys.stderr)
     return
   jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
