@@ -94,6 +94,7 @@ class Tokenizer:
     )
     self.vocab_size: int = max(vocab.values()) + 1
     self._is_char = _is_character_spec(self._spec)
+    self._is_byte_level = (self._spec["decoder"] or {}).get("type") == "ByteLevel"
     self._takes_words = read_notes(backend).get(TEXT_NOTE) == "gpt1-paper"
     self.cuts = self._find_cuts()
 
@@ -188,14 +189,22 @@ class Tokenizer:
     """
     sizes = np.zeros(self.vocab_size, np.int64)
     added = self.backend.get_added_tokens_decoder()
-    is_byte_level = (self._spec["decoder"] or {}).get("type") == "ByteLevel"
     for token, index in self.backend.get_vocab(with_added_tokens=True).items():
       if index in added:
         sizes[index] = 0 if added[index].special else len(token.encode())
       else:
         # ByteLevel writes each byte as one printable character.
-        sizes[index] = len(token) if is_byte_level else len(_surface(token).encode())
+        sizes[index] = len(token) if self._is_byte_level else len(_surface(token).encode())
     return sizes
+
+  @functools.cached_property
+  def begins_with_space(self) -> np.ndarray:
+    """bool [vocab_size]: ids whose text begins with a space; a space alone is one of them."""
+    spaces = (" ", "▁", "Ġ") if self._is_byte_level else (" ", "▁")
+    begins = np.zeros(self.vocab_size, bool)
+    for token, index in self.backend.get_vocab(with_added_tokens=True).items():
+      begins[index] = token.startswith(spaces)
+    return begins
 
   def save(self, path: str | Path) -> None:
     """Writes one tokenizer.json, which `load_tokenizer` reads back."""
