@@ -13,10 +13,14 @@ import numpy as np
 
 from gptjax.batch import Batch
 from gptjax.checkpoint.export import save_hf
-from gptjax.checkpoint.models import load_model, save_run
+from gptjax.checkpoint.models import load_model, save_run, to_stderr
+from gptjax.data.examples import Example
 from gptjax.data.special_tokens import LISTS, ROLES
+from gptjax.data.task_config import TaskDataConfig
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import ConfigError, DataError, UserError, check_choice, did_you_mean
+from gptjax.evaluate.classify import Classifier
+from gptjax.evaluate.predictions import softmax
 from gptjax.generate.generator import Generation, Generator, Piece
 from gptjax.generate.options import OPTION_NAMES, DecodingOptions, is_sampled, parse_options
 from gptjax.model import decoder
@@ -32,6 +36,7 @@ _LOAD_OPTIONS = ("dtype", "mesh", "tokenizer", *ROLES, *LISTS)
 _LENGTHS = ("max_length", "max_new_tokens")
 # Options of a pipeline's calls besides those of decoding.
 _CALL_OPTIONS = ("return_full_text", "weights")
+_CLASSIFICATION_OPTIONS = ("top_k", "function_to_apply")
 
 
 def load(
@@ -64,7 +69,7 @@ def load(
       raise ConfigError(f"load has no option {name!r}{did_you_mean(name, _LOAD_OPTIONS)}")
   parallel = _make_parallel(mesh)
   loaded = load_model(path_or_name, dtype, parallel, special_tokens, tokenizer=tokenizer)
-  return Model(loaded.config, loaded.params, loaded.tokenizer, loaded.token_ids)
+  return Model(loaded.config, loaded.params, loaded.tokenizer, loaded.token_ids, loaded.task)
 
 
 class Model:
@@ -75,6 +80,7 @@ class Model:
     params: the whole tree; the functions of `gptjax.model` take it.
     tokenizer: text to ids and back; None where the model came without one of a known kind.
     token_ids: {"eos": ids that end a text, "pad": ids that fill rows, ...}, as the files say.
+    task: what a fine-tuned model was taught, and how its input is made; None of others.
   """
 
   def __init__(
@@ -83,11 +89,13 @@ class Model:
     params: PyTree,
     tokenizer: Tokenizer | None = None,
     token_ids: Mapping[str, tuple[int, ...]] | None = None,
+    task: TaskDataConfig | None = None,
   ):
     self.config = config
     self.params = params
     self.tokenizer = tokenizer
     self.token_ids = {"bos": (), "eos": (), "pad": ()} | dict(token_ids or {})
+    self.task = task
     self._generators: dict[str, Generator] = {}
 
   def __call__(self, tokens_BL: Any) -> jax.Array:
@@ -245,27 +253,100 @@ class TextGenerationPipeline:
     return [{"generated_text": prefix + new} for new in out.texts]
 
 
-def pipeline(task: str, model: Any, **options: Any) -> TextGenerationPipeline:
+class TextClassificationPipeline:
+  """Calls a model as `transformers.pipeline("text-classification")` does; made by `pipeline`.
+
+  Attributes:
+    model, tokenizer: as of the Model.
+  """
+
+  def __init__(self, model: Model, **options: Any):
+    self.model = model
+    self.tokenizer = model.tokenizer
+    self._options = options
+    self._classifier = Classifier(model, report=to_stderr)
+    if self._classifier.task.is_choice:
+      raise ConfigError("the model chooses among answers; use gptjax predict, or a Classifier")
+
+  def __call__(self, inputs: Any, **options: Any) -> Any:
+    """Classifies texts.
+
+    Args:
+      inputs: a text, or {"text": first, "text_pair": second}; or a list of them.
+      options: top_k: so many labels, the likeliest first, None being all; function_to_apply:
+        "softmax" (of classes) or "none" (of scores), which are also what is taken by default.
+
+    Returns:
+      {"label", "score"} of the likeliest label of each, in a list; of one pair without a list. With
+      top_k a list of these of each; of one input this list alone. A score has the label "LABEL_0".
+
+    Raises:
+      UserError: an option or input that does not fit the task.
+    """
+    options = self._options | options
+    for name in options:
+      if name not in _CLASSIFICATION_OPTIONS:
+        hint = did_you_mean(name, _CLASSIFICATION_OPTIONS)
+        raise ConfigError(f"text classification has no option {name!r}{hint}")
+    is_list = isinstance(inputs, list | tuple)
+    given = list(inputs) if is_list else [inputs]
+    outputs_NC = self._classifier.outputs([self._example(item) for item in given])
+    ranked = [self._rank(outputs_C, **options) for outputs_C in outputs_NC]
+    if "top_k" in options:
+      return ranked if is_list else ranked[0]
+    best = [labels[0] for labels in ranked]
+    return best[0] if isinstance(inputs, Mapping) else best
+
+  def _example(self, item: Any) -> Example:
+    pair = dict(item) if isinstance(item, Mapping) else {"text": item}
+    wanted = {"text"} if self._classifier.task.family == "classification" else {"text", "text_pair"}
+    if pair.keys() != wanted or not all(isinstance(text, str) for text in pair.values()):
+      raise DataError(f"an input is {item!r:.60}; the model's task needs {sorted(wanted)}, texts")
+    return Example("", (pair["text"],), (pair["text_pair"],) if len(pair) > 1 else ())
+
+  def _rank(
+    self, outputs_C: np.ndarray, top_k: int | None = 1, function_to_apply: str | None = None
+  ) -> list[dict[str, Any]]:
+    task = self._classifier.task
+    usual = "none" if task.target == "score" else "softmax"
+    check_choice("function_to_apply", function_to_apply or usual, ("softmax", "none"))
+    if (function_to_apply or usual) == "softmax":
+      (outputs_C,) = softmax(outputs_C[None])
+    labels = task.labels or ("LABEL_0",)
+    found = [{"label": label, "score": score} for label, score in zip(labels, outputs_C.tolist())]
+    return sorted(found, key=lambda entry: -entry["score"])[:top_k]
+
+
+_PIPELINES = {
+  "text-generation": TextGenerationPipeline,
+  "text-classification": TextClassificationPipeline,
+}
+
+
+def pipeline(
+  task: str, model: Any, **options: Any
+) -> TextGenerationPipeline | TextClassificationPipeline:
   """Makes what `transformers.pipeline` makes.
 
   Args:
-    task: "text-generation".
+    task: "text-generation", or "text-classification" with a fine-tuned model.
     model: a Model, or whatever `load` takes.
     options: of `load`, and those that its calls begin from.
 
   Raises:
-    UserError: an unknown task or option, a model without a tokenizer, or as `load`.
+    UserError: an unknown task or option, a model without a tokenizer or task, or as `load`.
   """
-  check_choice("task", task, ("text-generation",))
+  check_choice("task", task, _PIPELINES)
   of_load = {name: options.pop(name) for name in _LOAD_OPTIONS if name in options}
-  _check_call_options(options)
+  if task == "text-generation":
+    _check_call_options(options)
   if not isinstance(model, Model):
     model = load(model, **of_load)
   elif of_load:
     raise ConfigError(f"{next(iter(of_load))} has no effect on a model that is loaded already")
   if model.tokenizer is None:
     raise UserError("the model has no tokenizer, and a pipeline takes and gives text")
-  return TextGenerationPipeline(model, **options)
+  return _PIPELINES[task](model, **options)
 
 
 def _check_call_options(options: dict[str, Any]) -> None:

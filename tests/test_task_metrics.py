@@ -5,13 +5,8 @@ import pytest
 
 from gptjax.data.examples import Example
 from gptjax.data.task_format import CLASS_METRICS, SCORE_METRICS, Task
-from gptjax.evaluate.task_metrics import (
-  class_metrics,
-  confusion_table,
-  decide,
-  describe_predictions,
-  task_metrics,
-)
+from gptjax.evaluate.predictions import decide, describe_predictions
+from gptjax.evaluate.task_metrics import class_metrics, confusion_table, task_metrics
 
 RNG = np.random.default_rng(0)
 
@@ -75,7 +70,8 @@ def test_predictions_of_classes_scores_and_answers():
   examples = [Example("7", ("x",), choices=("y", "z"))]
   (found,) = describe_predictions(task_of(("a", "b", "c")), examples, outputs_NC)
   assert found["id"] == "7" and found["label"] == "b"
-  assert found["probabilities"] == pytest.approx({"a": 0.25, "b": 0.75, "c": 0}, rel=1e-6, abs=1e-12)
+  wanted = {"a": 0.25, "b": 0.75, "c": 0}
+  assert found["probabilities"] == pytest.approx(wanted, rel=1e-6, abs=1e-12)
   choice = task_of(family="multiple_choice")
   outputs_NC[0, 2] = -1e9  # an answer that this example lacks
   (found,) = describe_predictions(choice, examples, outputs_NC)

@@ -21,6 +21,7 @@ from gptjax.checkpoint.store import CheckpointStore
 from gptjax.config import from_mapping
 from gptjax.data.gpt1_tokenizer import MODES
 from gptjax.data.special_tokens import check_given
+from gptjax.data.task_config import TaskDataConfig
 from gptjax.data.tokenizer import Tokenizer, load_tokenizer
 from gptjax.data.tokenizer_files import split_mode
 from gptjax.errors import (
@@ -58,12 +59,14 @@ class Loaded:
     tokenizer: None where its files are missing or of an unknown kind.
     token_ids: {"bos", "eos", "pad": ids} of the model's files, the tokenizer's where they say none
       or where tokens were given; each may be empty.
+    task: what a fine-tuned model was taught, and how its input is made; None of a language model.
   """
 
   config: ModelConfig
   params: PyTree
   tokenizer: Tokenizer | None
   token_ids: dict[str, tuple[int, ...]]
+  task: TaskDataConfig | None = None
 
 
 def load_model(
@@ -107,7 +110,8 @@ def load_model(
     compute_dtype="bfloat16" if dtype == "bfloat16" else "float32",
     attention_implementation="auto",
   )
-  return Loaded(config, params, words, _token_ids(model, config, words, roles, report))
+  token_ids = _token_ids(model, config, words, roles, report)
+  return Loaded(config, params, words, token_ids, _task_of(model))
 
 
 def _describe_growth(new: list[str], tokenizer: Tokenizer, config: ModelConfig) -> str:
@@ -248,10 +252,27 @@ def load_run(
   return config, params
 
 
+def _task_of(model: Model) -> TaskDataConfig | None:
+  """Reads the task of a fine-tuned run."""
+  data = RunDirectory(model.path).read_config().get("data", {}) if model.kind == "run" else {}
+  return from_mapping(TaskDataConfig, data, "data.") if "adapter" in data else None
+
+
 def save_run(
-  path: str | os.PathLike, config: ModelConfig, params: PyTree, tokenizer: Tokenizer | None = None
+  path: str | os.PathLike,
+  config: ModelConfig,
+  params: PyTree,
+  tokenizer: Tokenizer | None = None,
+  task: TaskDataConfig | None = None,
 ) -> None:
   """Writes a run directory of no steps, which every verb accepts as a model.
+
+  Args:
+    path: a folder that does not exist or is empty.
+    config: the architecture.
+    params: the whole tree, with the "task_head" of a task.
+    tokenizer: to put beside it, or None.
+    task: of the task head, or None.
 
   Raises:
     CheckpointError: the folder is not empty or cannot be written.
@@ -261,6 +282,8 @@ def save_run(
     raise CheckpointError(f'"{path}" exists and is not empty; choose another folder or remove it')
   # What reads a run asks whether it kept an average.
   fields = {"model": dataclasses.asdict(config), "optimizer": {"ema_decay": 0.0}}
+  if task is not None:
+    fields["data"] = dataclasses.asdict(task)
   with run.lock():
     run.create_or_check(json.dumps(fields, indent=2) + "\n", tokenizer)
     with CheckpointStore(run.checkpoints_path) as store:

@@ -17,9 +17,12 @@ from gptjax.errors import ConfigError, UserError, did_you_mean
 VERBS = {
   "pretrain": "Train a language model from text, or resume.",
   "finetune": "Train a pretrained model on a labelled task, or resume.",
+  "sweep": "Run many trials of an experiment, or go on with them.",
+  "predict": "Tell of texts what a fine-tuned model was taught to.",
   "data": "Look at training data: `gptjax data show`.",
   "evaluate": "Score a model: perplexity, benchmarks, comparisons, with a receipt.",
   "generate": "Continue prompts; without one, those typed.",
+  "serve": "Serve an OpenAI-compatible API of a model, and an editor.",
   "info": "Describe a model and what differs from its published recipe.",
   "convert": "Write a model as a Hugging Face folder or a run.",
   "doctor": "Find what is wrong with a checkpoint; then status 1.",

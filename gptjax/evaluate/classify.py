@@ -17,7 +17,7 @@ from gptjax.data.task_config import TaskDataConfig
 from gptjax.data.task_inputs import encode_examples, find_task_tokens
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import CheckpointError, DataError
-from gptjax.evaluate.task_metrics import describe_predictions
+from gptjax.evaluate.predictions import describe_predictions
 from gptjax.generate import programs
 from gptjax.model.config import ModelConfig
 from gptjax.model.decoder import hidden_states

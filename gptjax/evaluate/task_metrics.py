@@ -1,25 +1,12 @@
-"""How good predictions of a task are, as GLUE and the sets themselves define it.
+"""How good what was decided is, as GLUE and the sets themselves define it."""
 
-What a head gives for an example are its outputs: a logit for each class or each answer, of which
-one that an example lacks is about minus a billion, or the score. What is decided from them is the
-index of the class or answer, or the score.
-"""
-
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import scipy.special
 import scipy.stats
 import sklearn.metrics
 
-from gptjax.data.examples import Example
 from gptjax.data.task_format import Task
-
-
-def decide(task: Task, outputs_NC: np.ndarray) -> np.ndarray:
-  """Returns [N]: the class or answer of the largest logit (the first of equals), or the score."""
-  return outputs_NC[:, 0] if task.target == "score" else np.argmax(outputs_NC, axis=1)
 
 
 def task_metrics(task: Task, labels_N: np.ndarray, decided_N: np.ndarray) -> dict[str, float]:
@@ -52,28 +39,6 @@ def class_metrics(task: Task, labels_N: np.ndarray, decided_N: np.ndarray) -> li
     {"label": label} | {name: value.item() for name, value in zip(names, values)}
     for label, *values in zip(task.labels, *columns)
   ]
-
-
-def describe_predictions(
-  task: Task, examples: Sequence[Example], outputs_NC: np.ndarray
-) -> list[dict[str, Any]]:
-  """Returns what was predicted of each example, for JSON.
-
-  Returns:
-    id, and `score`; or `label` and `probabilities`: {label: probability} of classes, and of
-    answers the index of the likeliest and a list with the probability of each.
-  """
-  decided_N = decide(task, outputs_NC)
-  if task.target == "score":
-    return [{"id": e.id, "score": score} for e, score in zip(examples, decided_N.tolist())]
-  probabilities_NC = scipy.special.softmax(outputs_NC.astype(np.float64), axis=1).tolist()
-  described = []
-  for example, index, row in zip(examples, decided_N.tolist(), probabilities_NC):
-    label, probabilities = index, row[: len(example.choices)]
-    if not task.is_choice:
-      label, probabilities = task.labels[index], dict(zip(task.labels, row))
-    described.append({"id": example.id, "label": label, "probabilities": probabilities})
-  return described
 
 
 def _f1(labels_N, decided_N):

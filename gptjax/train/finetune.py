@@ -19,7 +19,8 @@ from gptjax.data.task_batches import PADDING, TaskBatches, choose_buckets, scori
 from gptjax.data.task_inputs import EncodedTask, encode_examples, find_task_tokens
 from gptjax.data.tasks import TaskData, load_task
 from gptjax.errors import ConfigError
-from gptjax.evaluate.task_metrics import decide, describe_predictions, task_metrics
+from gptjax.evaluate.predictions import decide, describe_predictions
+from gptjax.evaluate.task_metrics import task_metrics
 from gptjax.model.lora import lora_specs, merge_lora
 from gptjax.model.parameters import init_specs, model_specs, task_head_specs
 from gptjax.train.finetune_config import FinetuneConfig, ResolvedFinetuneConfig

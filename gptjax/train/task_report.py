@@ -8,13 +8,8 @@ import numpy as np
 from gptjax import report
 from gptjax.chart import line_chart
 from gptjax.data.tasks import TaskData
-from gptjax.evaluate.task_metrics import (
-  class_metrics,
-  confusion_table,
-  decide,
-  describe_predictions,
-  task_metrics,
-)
+from gptjax.evaluate.predictions import decide, describe_predictions
+from gptjax.evaluate.task_metrics import class_metrics, confusion_table, task_metrics
 from gptjax.train.run_report import (
   evaluated,
   loss_chart,
