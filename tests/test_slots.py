@@ -13,7 +13,7 @@ from gptjax.errors import UserError
 from gptjax.generate import programs
 from gptjax.generate.generator import Generator
 from gptjax.generate.options import DecodingOptions
-from gptjax.generate.slots import Produced, Scored, Slots
+from gptjax.generate.slots import Produced, Read, Slots
 
 REQUESTS = [
   ([3, 5, 7], DecodingOptions(max_new_tokens=9, repetition_penalty=1.5)),
@@ -52,7 +52,8 @@ def serve(slots, requests, steps_between=2):
           text_of[slot] = index, copy
           found[index, copy] = []
     for one in slots.step():
-      found[text_of[one.slot]].append(one)
+      if isinstance(one, Produced):
+        found[text_of[one.slot]].append(one)
     ticks += 1
   return found
 
@@ -105,7 +106,7 @@ def test_a_released_slot_is_used_again_without_a_trace():
   generator = make_generator()
   slots = Slots(generator, 1, 40)
   [slot] = admit(slots, [9] * 20, DecodingOptions(max_new_tokens=15, do_sample=True, seed=1))
-  while not slots.step():
+  while not any(isinstance(event, Produced) for event in slots.step()):
     pass
   slots.release(slot)
   assert (slots.num_free, slots.step()) == (1, [])
@@ -145,9 +146,9 @@ def test_a_prompt_is_scored_while_it_is_read():
   slots, prompt = Slots(generator, 2, 100), [7 * i % 61 for i in range(90)]
   options = DecodingOptions(max_new_tokens=3, top_logprobs=2)
   admit(slots, [4, 5], DecodingOptions(max_new_tokens=9))
-  admit(slots, prompt, options, is_scored=True)
+  admit(slots, prompt, options, wants="scores")
   events = [event for _ in range(12) for event in slots.step()]
-  [scored] = [event for event in events if isinstance(event, Scored)]
+  [scored] = [event for event in events if isinstance(event, Read) and event.logprobs]
   model = Model(generator.config, make_params(generator.config))
   log_probs_LV = jax.nn.log_softmax(model([prompt])[0], axis=-1)
   expected = [float(log_probs_LV[i, token]) for i, token in enumerate(prompt[1:])]
@@ -160,9 +161,9 @@ def test_a_prompt_is_scored_while_it_is_read():
 
 def test_a_prompt_that_fills_the_context_is_read_only():
   slots = Slots(make_generator(), 1, 40)
-  admit(slots, [3] * 40, DecodingOptions(), is_scored=True, is_continued=False)
+  admit(slots, [3] * 40, DecodingOptions(), wants="scores", is_continued=False)
   events = [event for _ in range(3) for event in slots.step()]
-  assert [type(event) for event in events] == [Scored] and len(events[0].logprobs) == 39
+  assert [type(event) for event in events] == [Read] and len(events[0].logprobs) == 39
   assert slots.num_free == 1
   with pytest.raises(UserError, match="41"):
     slots.check([3] * 41, DecodingOptions(), is_continued=False)
@@ -191,6 +192,17 @@ def test_a_text_that_leaves_while_its_prompt_is_read_takes_nothing_with_it():
   first, second = admit(slots, prompt, options)
   slots._read_chunk(slots._readings[0], 16)
   slots.release(first)
-  new = [event.token for _ in range(6) for event in slots.step()]
+  events = [event for _ in range(6) for event in slots.step()]
+  new = [event.token for event in events if isinstance(event, Produced)]
   assert new == generator.generate([prompt], options).tokens[1, 30:].tolist()
   assert second == 1 and slots.num_free == 2
+
+
+def test_the_embedding_of_a_prompt_is_the_mean_of_its_hidden_states():
+  generator = make_generator(context_length=100)
+  slots, prompt = Slots(generator, 1, 100), [5 * i % 61 for i in range(83)]
+  admit(slots, prompt, DecodingOptions(), wants="embedding", is_continued=False)
+  [read] = slots.step()
+  hidden_LD = Model(generator.config, make_params(generator.config)).hidden_states([prompt])[0]
+  np.testing.assert_allclose(read.mean_D, hidden_LD.mean(axis=0), rtol=1e-4, atol=1e-5)
+  assert read.is_last and slots.num_free == 1

@@ -60,15 +60,20 @@ class Prompt:
     ids: its tokens.
     options: greedy search or sampling; num_return_sequences texts share one reading.
     min_length, limit: tokens of prompt and text together.
-    is_scored: what the model thinks of the prompt itself is told, with `options.top_logprobs`
-      alternatives.
+    wants: "scores", what the model thinks of the prompt itself, with `options.top_logprobs`
+      alternatives; "embedding", the mean of its hidden states; or nothing.
   """
 
   ids: list[int]
   options: DecodingOptions
   min_length: int
   limit: int
-  is_scored: bool = False
+  wants: str = ""
+
+  @property
+  def is_continued(self) -> bool:
+    """Whether the prompt is not only to be read."""
+    return self.limit > len(self.ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,20 +97,29 @@ class Produced:
   finish_reason: str | None
   is_end_token: bool
 
+  @property
+  def is_last(self) -> bool:
+    """Whether nothing more comes of the slot."""
+    return self.finish_reason is not None
+
 
 @dataclasses.dataclass(frozen=True)
-class Scored:
-  """What the model thinks of a prompt, told once it is read.
+class Read:
+  """A prompt has been read, by the step before that of its first tokens.
 
   Attributes:
-    slots: of its texts; free again where the prompt was only to be read.
-    logprobs: of each token but the first, under the model.
+    slots: of its texts; free again where is_last.
+    logprobs: of each token but the first, under the model; of prompts that want scores.
     alternatives: the likeliest at the place of each of these, as of `Produced`.
+    mean_D: float32, the mean of the hidden states; of a prompt that wants an embedding.
+    is_last: nothing more comes of the slots; the prompt was only to be read.
   """
 
   slots: list[int]
   logprobs: list[float]
   alternatives: list[list[tuple[int, float]]]
+  mean_D: np.ndarray | None
+  is_last: bool
 
 
 @dataclasses.dataclass
@@ -124,6 +138,7 @@ class _Reading:
   position: int = 0
   logprobs: list[float] = dataclasses.field(default_factory=list)
   alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+  sum_D: np.ndarray | float = 0.0
 
 
 class Slots:
@@ -178,7 +193,7 @@ class Slots:
     prompt: Any,
     options: DecodingOptions,
     *,
-    is_scored: bool = False,
+    wants: str = "",
     is_continued: bool = True,
   ) -> Prompt:
     """Looks at a prompt and its options, without the device; any thread may call it.
@@ -186,7 +201,7 @@ class Slots:
     Args:
       prompt: a text or ids.
       options: how it is to be continued.
-      is_scored: what the model thinks of the prompt is wanted.
+      wants: what of the prompt itself: "scores", "embedding", or nothing.
       is_continued: it is not only to be read, of which options on lengths say nothing.
 
     Raises:
@@ -214,7 +229,7 @@ class Slots:
         f"{options.num_return_sequences} texts of a prompt need as many slots, and there are"
         f" {self.num_slots}"
       )
-    return Prompt(ids, options, min_length, limit, is_scored)
+    return Prompt(ids, options, min_length, limit, wants)
 
   def admit(self, prompt: Prompt, *, prompt_index: int = 0) -> list[int]:
     """Gives a prompt a slot for each of its texts; the steps that follow read it, and go on.
@@ -245,12 +260,12 @@ class Slots:
     self._controls = None
     return slots
 
-  def step(self) -> list[Produced | Scored]:
+  def step(self) -> list[Produced | Read]:
     """Reads on in prompts that wait for it, and gives every running slot its next token.
 
     Slots whose texts end are free afterwards.
     """
-    events: list[Produced | Scored] = list(self._read_prompts())
+    events: list[Produced | Read] = [*self._read_prompts()]
     running = [slot for slot in self.active if self._rows[slot].is_running]
     if not running:
       return events
@@ -302,31 +317,31 @@ class Slots:
     jax.block_until_ready(self._cache)
 
   def _run_alone(self, options: DecodingOptions, length: int, is_continued: bool = True) -> None:
-    """Reads a prompt, scores it, and goes one step on."""
-    self.admit(self.check([0] * length, options, is_scored=True, is_continued=is_continued))
-    self.step()
-    for slot in self.active:
-      self.release(slot)
+    """Reads a prompt, in every way, and goes one step on."""
+    for wants in ("scores", "embedding"):
+      self.admit(self.check([0] * length, options, wants=wants, is_continued=is_continued))
+      self.step()
+      for slot in self.active:
+        self.release(slot)
 
   @property
   def _chunk_sizes(self) -> list[int]:
     return [size for size in _CHUNKS if size <= max(_CHUNKS[0], self.num_positions)]
 
-  def _read_prompts(self) -> list[Scored]:
+  def _read_prompts(self) -> list[Read]:
     """Reads chunks of the prompts that were admitted first, as much as may delay a step."""
-    scored, budget = [], _CHUNKS[-1]
+    finished, budget = [], _CHUNKS[-1]
     while self._readings:
       reading = self._readings[0]
-      left = len(reading.prompt.ids) - reading.position
-      size = self._chunk_size(left)
+      size = self._chunk_size(len(reading.prompt.ids) - reading.position)
       if size > budget:
         break
       budget -= size
       self._read_chunk(reading, size)
-      if reading.position >= len(reading.prompt.ids):
+      if reading.position == len(reading.prompt.ids):
         self._readings.popleft()
-        scored += self._finish_reading(reading)
-    return scored
+        finished.append(self._finish_reading(reading))
+    return finished
 
   def _chunk_size(self, num_left: int) -> int:
     """The smallest chunk that takes all that is left, unless more than half would be padding."""
@@ -346,13 +361,19 @@ class Slots:
       hidden_QD, self._cache = _read(
         weights, tokens_1Q, slot, np.int32(start), self._cache, self._config
       )
-      reading.position += len(chunk)
-      if not reading.prompt.is_scored:
-        return
-      targets = ids[start + 1 : start + size + 1]
-      targets_Q = np.zeros(size, np.int32)
-      targets_Q[: len(targets)] = targets
-      found = _score(weights, hidden_QD, targets_Q, self._num_alternatives, self._config)
+    reading.position += len(chunk)
+    if reading.prompt.wants == "scores":
+      self._score(reading, hidden_QD, ids[start + 1 : start + size + 1])
+    elif reading.prompt.wants == "embedding":
+      reading.sum_D = reading.sum_D + np.asarray(hidden_QD, np.float32)[: len(chunk)].sum(axis=0)
+
+  def _score(self, reading: _Reading, hidden_QD: jax.Array, targets: list[int]) -> None:
+    targets_Q = np.zeros(len(hidden_QD), np.int32)
+    targets_Q[: len(targets)] = targets
+    with jax.default_matmul_precision("highest"):
+      found = _score(
+        self._generator.weights, hidden_QD, targets_Q, self._num_alternatives, self._config
+      )
     logprob_Q, ids_QX, logprobs_QX = jax.device_get(found)
     count = reading.prompt.options.top_logprobs
     for place, target in enumerate(targets):
@@ -360,9 +381,9 @@ class Slots:
       reading.alternatives.append(pairs)
       reading.logprobs.append(dict(pairs).get(target, float(logprob_Q[place])))
 
-  def _finish_reading(self, reading: _Reading) -> list[Scored]:
+  def _finish_reading(self, reading: _Reading) -> Read:
     first, *others = reading.slots
-    is_continued = reading.prompt.limit > len(reading.prompt.ids)
+    is_continued = reading.prompt.is_continued
     for slot in others:
       self._cache = _copy_row(self._cache, np.int32(first), np.int32(slot))
     for slot in reading.slots:
@@ -371,9 +392,9 @@ class Slots:
         self._rows[slot].is_running = True
       else:
         self._rows[slot] = None
-    if not reading.prompt.is_scored:
-      return []
-    return [Scored(reading.slots, reading.logprobs, reading.alternatives)]
+    is_embedded = reading.prompt.wants == "embedding"
+    mean_D = reading.sum_D / np.float32(len(reading.prompt.ids)) if is_embedded else None
+    return Read(reading.slots, reading.logprobs, reading.alternatives, mean_D, not is_continued)
 
   def _produce(self, slot: int, token, logprob, code, ids_X, logprobs_X) -> Produced:
     row, token, code = self._rows[slot], int(token), int(code)

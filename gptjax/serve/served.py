@@ -1,0 +1,105 @@
+"""What all routes share: the model by its name, its engine, and its tokenizer."""
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+from pydantic import BaseModel
+
+from gptjax.errors import DataError
+from gptjax.serve.chat_template import ChatTemplate
+from gptjax.serve.engine import Engine
+from gptjax.serve.failures import ApiError
+from gptjax.serve.token_names import TokenNames
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+  """A model that is served.
+
+  Attributes:
+    engine: what runs it.
+    aliases: names that requests may call it, beside `engine.model_name`.
+    template: what makes a prompt of a chat.
+    created: when it was loaded, in seconds since 1970.
+  """
+
+  engine: Engine
+  aliases: tuple[str, ...] = ()
+  template: ChatTemplate = ChatTemplate()
+  created: int = dataclasses.field(default_factory=lambda: int(time.time()))
+
+  @staticmethod
+  def now() -> int:
+    """Returns the time of an answer, in seconds since 1970."""
+    return int(time.time())
+
+  @property
+  def name(self) -> str:
+    """What answers call the model."""
+    return self.engine.model_name
+
+  @functools.cached_property
+  def names(self) -> TokenNames:
+    """How answers name tokens."""
+    return TokenNames(self.engine.generator.tokenizer)
+
+  def check_model(self, name: str | None) -> None:
+    """Raises ApiError unless a request means this model."""
+    if name is not None and name not in (self.name, *self.aliases):
+      raise ApiError(
+        404,
+        f'the model "{name}" is not served here; "{self.name}" is',
+        code="model_not_found",
+        param="model",
+      )
+
+  def read_prompts(self, prompts: Any, parse_special_tokens: bool = False) -> list[Any]:
+    """Returns a list of texts and lists of ids, whichever way one or several were given."""
+    if isinstance(prompts, str) or isinstance(prompts[0], int):
+      prompts = [prompts]
+    if not parse_special_tokens:
+      return list(prompts)
+    return [self.encode(p, True) if isinstance(p, str) else p for p in prompts]
+
+  def encode(self, text: str, parse_special_tokens: bool, add_special_tokens: bool = False):
+    """Returns the ids of a text.
+
+    Raises:
+      DataError: there is no tokenizer, or it cannot spell the text.
+    """
+    return self._tokenizer.encode(
+      text, parse_special_tokens=parse_special_tokens, add_special_tokens=add_special_tokens
+    )
+
+  def text_of(self, prompt: str | list[int]) -> str:
+    """Returns a prompt as text; nothing of ids where there is no tokenizer."""
+    if isinstance(prompt, str):
+      return prompt
+    if self.engine.generator.tokenizer is None:
+      return ""
+    # Spare rows of a vocabulary have ids that no tokenizer knows.
+    return self.decode([i for i in prompt if i < self._tokenizer.vocab_size])
+
+  def decode(self, ids: list[int]) -> str:
+    """Returns the text of ids.
+
+    Raises:
+      DataError: there is no tokenizer, or it has no such id.
+    """
+    return self._tokenizer.decode(ids)
+
+  @property
+  def _tokenizer(self):
+    tokenizer = self.engine.generator.tokenizer
+    if tokenizer is None:
+      raise DataError("the model has no tokenizer; send and read token ids")
+    return tokenizer
+
+
+def stream_of(model: type[BaseModel]) -> dict[int, dict[str, Any]]:
+  """Describes an answer that may also be a stream of `model`, for OpenAPI."""
+  text = f"with stream: data lines of {model.__name__} objects, [DONE] last"
+  content = {"text/event-stream": {"schema": {"type": "string", "description": text}}}
+  return {200: {"content": content}}
