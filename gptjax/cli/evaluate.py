@@ -9,6 +9,8 @@ TASKS = {
   "perplexity": "Perplexity and bits per byte of texts, with the protocol.",
   "lambada": "Last words of passages: perplexity and accuracy.",
   "cbt": "The Children's Book Test: the word left out of a sentence.",
+  "heatmap": "A text coloured by how much each token surprises.",
+  "compare": "Two models on the same text, with an interval and a verdict.",
   "receipt": "Measure again what a receipt says; status 1 where it is not the same.",
 }
 

@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 import json
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -52,6 +54,17 @@ def add_text_protocol(parser: argparse.ArgumentParser) -> None:
   add_fields(parser, _TEXT_FLAGS)
 
 
+def add_windows(parser: argparse.ArgumentParser) -> None:
+  """Adds --context and --stride."""
+  parser.add_argument("--context", type=int, dest="field_context", help="tokens of a window")
+  parser.add_argument(
+    "--stride",
+    type=int,
+    dest="field_stride",
+    help="tokens between windows; negative from the context; default: half of it",
+  )
+
+
 def add_fields(parser: argparse.ArgumentParser, flags: Mapping[str, tuple]) -> None:
   """Adds flags, {name of the field: (help, choices)}."""
   for name, (help, choices) in flags.items():
@@ -70,14 +83,16 @@ def read_protocol(options: argparse.Namespace, base: TextProtocol) -> Any:
 
 
 def load_scorer(
-  options: argparse.Namespace, dtype: str, name: str | None = None
+  options: argparse.Namespace, dtype: str, name: str | None = None, tokenizer: str | None = None
 ) -> tuple[Loaded, Scorer]:
-  """Loads the model (or another one, by name) onto every local device."""
+  """Loads --model with --tokenizer, or another by name with its own, onto every local device."""
   if options.batch_size is not None and options.batch_size < 1:
     raise ConfigError(f"--batch-size is {options.batch_size}; it must be at least 1")
   enable_compilation_cache()
   parallel = make_parallel("pmap", devices=jax.local_devices())
-  model = load_model(name or options.model, dtype, parallel, tokenizer=options.tokenizer)
+  if name is None:
+    name, tokenizer = options.model, options.tokenizer
+  model = load_model(name, dtype, parallel, tokenizer=tokenizer)
   return model, Scorer(model, options.batch_size, parallel)
 
 
@@ -89,6 +104,15 @@ def print_receipt(receipt: dict[str, Any], options: argparse.Namespace) -> None:
     return
   for name, value in _rows(receipt):
     print(f"{name.replace('_', ' '):<30}{value}")
+
+
+def write_page(path: str, page: str) -> None:
+  """Writes the HTML that --out asks for."""
+  try:
+    Path(path).write_text(page, encoding="utf-8")
+  except OSError as error:
+    raise ConfigError(f'--out "{path}" cannot be written: {error.strerror}') from error
+  print(f"written: {path}", file=sys.stderr)
 
 
 def _rows(receipt: dict[str, Any]) -> list[tuple[str, str]]:
@@ -127,13 +151,18 @@ def _published(entry: dict[str, Any]) -> str:
 
 def _format(value: Any) -> str:
   if isinstance(value, dict):
-    return f"{value['name'].replace('_', ' ')} {_format(value['value'])}"
-  if isinstance(value, list):
-    return " ".join(map(str, value))
+    if value.keys() == {"name", "value"}:
+      return f"{value['name'].replace('_', ' ')} {_format(value['value'])}"
+    said = {key: item for key, item in value.items() if item not in (None, "", (), [], {})}
+    return ", ".join(f"{key.replace('_', ' ')} {_format(item)}" for key, item in said.items())
+  if isinstance(value, list | tuple):
+    return " ".join(map(_format, value))
   if isinstance(value, float):
     return f"{value:.6g}"
   if isinstance(value, int):
     return f"{value:,}"
   if isinstance(value, str) and len(value) == 64:
     return value[:12]
+  if isinstance(value, str) and (value != value.strip() or "\n" in value):
+    return repr(value)
   return "-" if value is None else str(value)

@@ -7,6 +7,7 @@ from gptjax.cli.evaluate_arguments import (
   add_fields,
   add_model,
   add_text_protocol,
+  add_windows,
   load_scorer,
   print_receipt,
   read_protocol,
@@ -21,13 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--protocol", default="plain", choices=PROTOCOLS, help="a benchmark's; flags change it"
   )
-  parser.add_argument("--context", type=int, dest="field_context", help="tokens of a window")
-  parser.add_argument(
-    "--stride",
-    type=int,
-    dest="field_stride",
-    help="tokens between windows; negative from the context; default: half of it",
-  )
+  add_windows(parser)
   add_fields(
     parser,
     {"words": ("what counts as a word", WORDS), "score": ("the figure to quote", SCORES)},

@@ -25,6 +25,7 @@ from gptjax.evaluate.receipt import identify, make_receipt
 from gptjax.evaluate.scoring import Scorer, Scores, continuation_row
 from gptjax.evaluate.statistics import error_of_mean
 from gptjax.evaluate.texts import (
+  TokenTexts,
   encode_pairs,
   hash_documents,
   need_tokenizer,
@@ -137,23 +138,17 @@ def figures(
 
 
 class _Picker:
-  """Finds the first token that may begin a last word; remembers what it has decoded."""
+  """Finds the first token that may begin a last word; remembers which may."""
 
   def __init__(self, tokenizer: Tokenizer):
-    self._tokenizer = tokenizer
-    self._is_word: dict[int, bool] = {}
+    self._texts = TokenTexts(tokenizer)
+    self._may_begin: dict[int, bool] = {}
 
-  def __call__(self, ids: Sequence[int]) -> int | None:
-    return next((int(index) for index in ids if self._may_begin(int(index))), None)
-
-  def _may_begin(self, index: int) -> bool:
-    if index not in self._is_word:
-      text = self._text(index).strip().lower()
-      self._is_word[index] = text not in STOP_WORDS and any(map(str.isalnum, text))
-    return self._is_word[index]
-
-  def _text(self, index: int) -> str:
-    try:
-      return self._tokenizer.decode([index])
-    except DataError:  # a row that pads the vocabulary
-      return ""
+  def __call__(self, ids: np.ndarray) -> int | None:
+    for index in ids.tolist():
+      if index not in self._may_begin:
+        text = self._texts(index).strip().lower()
+        self._may_begin[index] = text not in STOP_WORDS and any(map(str.isalnum, text))
+      if self._may_begin[index]:
+        return index
+    return None

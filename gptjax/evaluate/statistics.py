@@ -5,12 +5,12 @@ import math
 import numpy as np
 
 # With fewer documents than this, errors are estimated from windows.
-_FEWEST_DOCUMENTS = 30
+FEWEST_DOCUMENTS = 30
 
 
 def independent_units(document_W: np.ndarray) -> tuple[str, np.ndarray]:
   """Returns what is taken as independent, and the number of the unit of each window."""
-  if document_W[-1] + 1 >= _FEWEST_DOCUMENTS:
+  if document_W[-1] + 1 >= FEWEST_DOCUMENTS:
     return "documents", document_W
   return "windows", np.arange(len(document_W))
 

@@ -118,11 +118,20 @@ def encode_pairs(
 ) -> list[tuple[np.ndarray, np.ndarray]]:
   """Returns ids of (context, continuation) pairs, parted from the ids of the two texts joined.
 
-  A word is thus tokenised as it is in a text. Raises DataError as `encode`.
+  A word is thus tokenised as it is in a text; a token with letters of both belongs to the
+  continuation. Raises DataError as `encode`.
   """
   contexts = encode([context for context, _ in pairs], model)
   joined = encode([context + continuation for context, continuation in pairs], model)
-  return [(ids[: len(context)], ids[len(context) :]) for context, ids in zip(contexts, joined)]
+  cuts = [_shared(*both) for both in zip(contexts, joined)]
+  return [(ids[:cut], ids[cut:]) for ids, cut in zip(joined, cuts)]
+
+
+def _shared(left: np.ndarray, right: np.ndarray) -> int:
+  """Counts the ids with which both begin."""
+  size = min(len(left), len(right))
+  differ = np.flatnonzero(left[:size] != right[:size])
+  return int(differ[0]) if differ.size else size
 
 
 def need_tokenizer(model: Loaded) -> Tokenizer:
@@ -130,6 +139,22 @@ def need_tokenizer(model: Loaded) -> Tokenizer:
   if model.tokenizer is None:
     raise DataError("the model has no tokenizer, and text needs one; give --tokenizer")
   return model.tokenizer
+
+
+class TokenTexts:
+  """The texts of single tokens; "" for an id that only pads the vocabulary. Remembers them."""
+
+  def __init__(self, tokenizer: Tokenizer):
+    self._tokenizer = tokenizer
+    self._texts: dict[int, str] = {}
+
+  def __call__(self, index: int) -> str:
+    if index not in self._texts:
+      try:
+        self._texts[index] = self._tokenizer.decode([index])
+      except DataError:
+        self._texts[index] = ""
+    return self._texts[index]
 
 
 def start_ids(model: Loaded, start: str) -> list[int]:

@@ -1,12 +1,12 @@
 """Documents cut into windows, which overlap so that each token is scored once."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from gptjax.evaluate.protocol import Protocol
-from gptjax.evaluate.scoring import Row
+from gptjax.evaluate.scoring import Row, Scorer, Scores
 from gptjax.evaluate.texts import Corpus
 
 
@@ -37,21 +37,65 @@ def cut_windows(corpus: Corpus, protocol: Protocol) -> Windows:
   """
   rows, document = [], []
   for index, ids in enumerate(corpus.documents):
-    cut = list(_cut_document(ids, protocol.context, protocol.stride))
+    cut = [row for _, row in _cut_document(ids, protocol)]
     rows += cut
     document += [index] * len(cut)
   return Windows(rows, np.array(document, np.int64))
 
 
-def _cut_document(ids: np.ndarray, context: int, stride: int) -> Iterator[Row]:
-  """Source: transformers' documentation, "Perplexity of fixed-length models"."""
+def score_tokens(
+  documents: Sequence[np.ndarray],
+  protocol: Protocol,
+  scorer: Scorer,
+  num_alternatives: int = 0,
+  advance: Callable[[int], None] = lambda num_rows: None,
+) -> list[Scores]:
+  """Scores every token of documents, in the windows of a protocol.
+
+  Args:
+    documents: ids of each.
+    protocol: resolved.
+    scorer, num_alternatives, advance: see `Scorer.score`.
+
+  Returns:
+    Scores of each document with an entry for each of its ids; of those that nothing comes before,
+    the log-probability is NaN.
+  """
+  cut = [
+    (index, end, row)
+    for index, ids in enumerate(documents)
+    for end, row in _cut_document(ids, protocol)
+  ]
+  found = [_unknown(len(ids), num_alternatives) for ids in documents]
+  scored = scorer.score([row for *_, row in cut], num_alternatives, advance)
+  for (index, end, row), scores in zip(cut, scored, strict=True):
+    for field in dataclasses.fields(Scores):
+      of_document = getattr(found[index], field.name)
+      of_document[end - row.num_scored : end] = getattr(scores, field.name)
+  return found
+
+
+def _unknown(length: int, num_alternatives: int) -> Scores:
+  return Scores(
+    np.full(length, np.nan, np.float32),
+    np.zeros(length, bool),
+    np.zeros((length, num_alternatives), np.int32),
+    np.zeros((length, num_alternatives), np.float32),
+  )
+
+
+def _cut_document(ids: np.ndarray, protocol: Protocol) -> Iterator[tuple[int, Row]]:
+  """Yields the end of each window, and its row.
+
+  Source: transformers' documentation, "Perplexity of fixed-length models".
+  """
   scored_to = 0
-  for start in range(0, len(ids), stride):
-    end = min(start + context, len(ids))
+  for start in range(0, len(ids), protocol.stride):
+    end = min(start + protocol.context, len(ids))
     # The first token of a window has nothing before it there.
     num_scored = end - max(scored_to, start + 1)
     if num_scored:
-      yield Row(ids[start:end], num_scored)
+      yield end, Row(ids[start:end], num_scored)
     scored_to = end
     if end == len(ids):
       return
