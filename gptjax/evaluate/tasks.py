@@ -9,6 +9,7 @@ from gptjax.config import from_mapping
 from gptjax.evaluate.childrens_book import measure_childrens_book
 from gptjax.evaluate.lambada import measure_lambada
 from gptjax.evaluate.perplexity import measure_perplexity
+from gptjax.evaluate.prompting import PromptProtocol, measure_prompts
 from gptjax.evaluate.protocol import Protocol, TextProtocol
 from gptjax.evaluate.scoring import Scorer
 
@@ -30,6 +31,8 @@ TASKS = {
   "perplexity": Task(Protocol, measure_perplexity),
   "lambada": Task(TextProtocol, measure_lambada),
   "cbt": Task(TextProtocol, measure_childrens_book),
+  "choice": Task(PromptProtocol, measure_prompts),
+  "fewshot": Task(PromptProtocol, measure_prompts),
 }
 
 
