@@ -80,7 +80,7 @@ def from_mapping(cls: type[DataclassT], values: Mapping[str, Any], path: str = "
 
   Args:
     cls: a dataclass whose fields are annotated with int, float, str, bool, tuple[X, ...],
-      Mapping[str, X], `X | None`, or other dataclasses.
+      Mapping[str, X], `X | None`, Any, or other dataclasses.
     values: may leave out fields that have defaults.
     path: dotted prefix for messages.
 
@@ -122,6 +122,8 @@ def field_type(cls: type, dotted: str) -> type:
 
 
 def _convert(hint: Any, value: Any, path: str) -> Any:
+  if hint is Any:
+    return value
   origin, args = typing.get_origin(hint), typing.get_args(hint)
   if origin in (types.UnionType, typing.Union):
     if value is None:
@@ -253,6 +255,26 @@ def load_experiment(spec: str, overrides: Mapping[str, str] | None = None) -> Co
   config = load_experiment_module(path).get_config(arg or None)
   apply_overrides(config, overrides or {})
   return config
+
+
+def load_variants(
+  spec: str, overrides: Mapping[str, str] | None = None
+) -> dict[str, tuple[ConfigDict, dict[str, Any]]]:
+  """Runs `get_config` of an experiment file, and its `get_variants(config)` if it has one.
+
+  Returns:
+    {name: (config, what the variant sets: {dotted key: value})}; of an experiment without
+    variants its config alone, under the name "".
+  """
+  config = load_experiment(spec, overrides)
+  module = load_experiment_module(spec.partition(":")[0])
+  variants = module.get_variants(config) if hasattr(module, "get_variants") else {"": {}}
+  configs = {}
+  for name, settings in variants.items():
+    variant = config.copy_and_resolve_references()
+    apply_values(variant, settings)
+    configs[name] = (variant, settings)
+  return configs
 
 
 def load_sweep(spec: str) -> Any:

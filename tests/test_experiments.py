@@ -5,43 +5,58 @@ from pathlib import Path
 import jax
 import pytest
 
-from gptjax.config import from_config_dict, from_json, load_experiment, to_json
+from gptjax.config import (
+  from_config_dict,
+  from_json,
+  load_experiment,
+  load_variants,
+  to_json,
+)
+from gptjax.data.task_format import FAMILIES
+from gptjax.data.tasks import load_task
 from gptjax.errors import ConfigError
 from gptjax.model.parameters import init_parameters
 from gptjax.train.config import PretrainConfig
+from gptjax.train.finetune_config import FinetuneConfig
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 SIZES = {
   "gpt2": ["small", "medium", "large", "xl"],
   "gpt3": ["small", "medium", "large", "xl", "2.7b", "6.7b", "13b", "175b"],
   "shakespeare_char": ["fast"],
+  "ablation": ["similarity,small", "multiple_choice,tiny"],
+  "finetune_layers": ["entailment,small", "similarity,tiny"],
+  **{f"finetune_{family}": ["small"] for family in FAMILIES},
 }
+PATHS = sorted(EXPERIMENTS.glob("*.py"))
 SPECS = [
   f"{path}:{arg}" if arg else str(path)
-  for path in sorted(EXPERIMENTS.glob("*.py"))
+  for path in PATHS
   for arg in ["", "tiny", *SIZES.get(path.stem, [])]
 ]
 
 
 def load(spec):
-  return from_config_dict(PretrainConfig, load_experiment(str(spec)))
+  config = load_experiment(str(spec))
+  return from_config_dict(FinetuneConfig if "finetune" in config else PretrainConfig, config)
+
+
+PRETRAINING = [path for path in PATHS if isinstance(load(path), PretrainConfig)]
+FINETUNING = [path for path in PATHS if path not in PRETRAINING]
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: Path(spec).name)
 def test_it_builds_and_comes_back_from_json(spec):
   config = load(spec)
-  assert from_json(PretrainConfig, to_json(config)) == config
+  assert from_json(type(config), to_json(config)) == config
   model = config.model
-  if model.vocab_size is None:
+  if isinstance(config, FinetuneConfig) or model.vocab_size is None:
     return
   shapes = jax.eval_shape(lambda key: init_parameters(model, key), jax.random.key(0))
   assert shapes["decoder"]["token_embedding"]["embedding"].shape[1] == model.model_dim
 
 
-PATHS = sorted(EXPERIMENTS.glob("*.py"))
-
-
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", PRETRAINING, ids=lambda path: path.stem)
 def test_tiny_reads_the_text_of_make_data_and_nothing_else(path):
   data = load(f"{path}:tiny").data
   shakespeare = load(EXPERIMENTS / "shakespeare.py").data
@@ -50,12 +65,40 @@ def test_tiny_reads_the_text_of_make_data_and_nothing_else(path):
   assert (data.tokenizer, data.vocab_size) == ("bpe", 512)
 
 
-@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", FINETUNING, ids=lambda path: path.stem)
+def test_tiny_reads_the_examples_beside_it(path):
+  data = load(f"{path}:tiny").data
+  assert Path(data.files[0]).parent == EXPERIMENTS / "examples"
+  task = load_task(data)
+  assert len(task.train) >= 12 and task.valid
+  assert data.family == load(path).data.family
+
+
+@pytest.mark.parametrize("path", PRETRAINING, ids=lambda path: path.stem)
 def test_a_text_of_ones_own_needs_one_key(path):
   config = load_experiment(str(path), {"data.files": "['a.txt']"})
   data = from_config_dict(PretrainConfig, config).data
   assert data.files == ("a.txt",)
   assert not (data.valid_files or data.hub or data.hub_valid_split)
+
+
+@pytest.mark.parametrize("path", FINETUNING, ids=lambda path: path.stem)
+def test_examples_of_ones_own_need_their_columns_and_no_more(path):
+  keys = {"data.files": "['a.tsv']", "data.adapter": "", "data.text_columns": "['review']"}
+  data = from_config_dict(FinetuneConfig, load_experiment(str(path), keys)).data
+  assert (data.files, data.valid_files) == (("a.tsv",), ())
+  assert data.format.text_columns == ("review",)
+  assert data.format.label_column == "label"
+
+
+def test_variants_change_what_they_say_and_keep_what_the_user_says():
+  variants = load_variants(f"{EXPERIMENTS / 'ablation.py'}:tiny", {"train.batch_rows": "4"})
+  assert {config.train.batch_rows for config, _ in variants.values()} == {4}
+  scratch, settings = variants["from scratch, with LM loss"]
+  assert settings == {"finetune.pretrained": False}
+  assert not scratch.finetune.pretrained and scratch.finetune.lm_coefficient == 0.5
+  without_loss, _ = variants["pretrained, without LM loss"]
+  assert without_loss.finetune.pretrained and without_loss.finetune.lm_coefficient == 0.0
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

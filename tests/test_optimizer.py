@@ -118,6 +118,25 @@ def adamw_reference(config, is_decayed):
   return params
 
 
+def gpt1_reference(config):
+  """Transcribes opt.py of Radford et al. 2018's released code, in float64."""
+  params = {name: np.asarray(p, np.float64) for name, p in named_leaves(PARAMS).items()}
+  first, second = dict.fromkeys(params, 0.0), dict.fromkeys(params, 0.0)
+  for step, gradient in enumerate(GRADIENTS):
+    x, w, t = step / 10, 2 / 10, step + 1
+    rate = config.learning_rate * (x / w if x <= w else 1) * (1 - x)
+    rate *= np.sqrt(1 - config.beta2**t) / (1 - config.beta1**t)
+    for name, g in clip(named_leaves(gradient), config.clip_norm).items():
+      first[name] = config.beta1 * first[name] + (1 - config.beta1) * g
+      second[name] = config.beta2 * second[name] + (1 - config.beta2) * g**2
+      update = first[name] / (np.sqrt(second[name]) + config.epsilon)
+      # Of unstacked tensors those of rank 2.
+      if name.endswith(DECAYED):
+        update = update + config.weight_decay * params[name]
+      params[name] = params[name] - rate * update
+  return params
+
+
 def newton_schulz_reference(matrix, num_steps=5):
   x = np.asarray(matrix, np.float64)
   x = x / np.linalg.norm(x)
@@ -163,6 +182,31 @@ def test_adamw_is_the_papers(clip_norm):
   got = named_leaves(run(config)[0])
   expected = adamw_reference(config, lambda name: name.endswith(DECAYED))
   assert worst_error(got, expected) < TOLERANCE
+
+
+GPT1 = OptimizerConfig(
+  name="gpt1_adam",
+  schedule="gpt1",
+  learning_rate=0.01,
+  weight_decay=0.3,
+  beta2=0.99,
+  epsilon=0.1,
+  clip_norm=5.0,
+)
+
+
+def test_gpt1_adam_is_the_released_code():
+  got = named_leaves(run(GPT1)[0])
+  assert worst_error(got, gpt1_reference(GPT1)) < TOLERANCE
+  # What differs from AdamW is the place of epsilon, and what the decay is multiplied by.
+  for changes in ({"epsilon": 1e-8}, {"epsilon": 1e-8, "weight_decay": 0.0}):
+    ours = dataclasses.replace(GPT1, **changes)
+    theirs = named_leaves(run(dataclasses.replace(ours, name="adamw"))[0])
+    is_same = worst_error(theirs, gpt1_reference(ours)) < TOLERANCE
+    assert is_same == (not ours.weight_decay)
+  without_decay = dataclasses.replace(GPT1, weight_decay=0.0)
+  theirs = named_leaves(run(dataclasses.replace(without_decay, name="adamw"))[0])
+  assert worst_error(theirs, gpt1_reference(without_decay)) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize(

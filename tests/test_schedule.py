@@ -57,6 +57,18 @@ def test_cosine_with_another_warmup_is_not_nanogpts():
   assert not np.allclose(factors("cosine", steps), expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("total", [100, 234, 750])
+def test_gpt1s_warm_up_of_a_fraction_is_not_rounded(total):
+  """0.002 of a short run is less than an update, of which the first is still wasted on 0."""
+  config = OptimizerConfig(schedule="gpt1", warmup_fraction=0.002)
+  durations = resolve_durations(config, total, lambda step: step)
+  steps = [0, 1, 2, total - 1]
+  got = factors("gpt1", steps, total=total, warmup=durations.warmup_steps)
+  expected = [gpt1_factor(step, 0.002 * total, total) for step in steps]
+  np.testing.assert_allclose(got, expected, rtol=TOLERANCE)
+  assert got[0] == 0 < got[1]
+
+
 def test_gpt1_is_the_released_code():
   steps = range(0, 100)
   expected = [gpt1_factor(step, 8, 100) for step in steps]

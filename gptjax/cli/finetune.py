@@ -2,7 +2,8 @@
 
 import argparse
 
-from gptjax.cli.arguments import add_config, add_workdir, check_workdir, read_config
+from gptjax.cli.arguments import add_config, add_workdir, check_workdir
+from gptjax.config import from_config_dict, load_variants
 from gptjax.train.finetune_config import FinetuneConfig
 
 
@@ -13,7 +14,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
   check_workdir(options)
-  config = read_config(options, FinetuneConfig)
-  from gptjax.train.finetune import finetune  # a wrong config is said before jax is imported
+  configs = {
+    name: (from_config_dict(FinetuneConfig, config), settings)
+    for name, (config, settings) in load_variants(options.config, options.overrides).items()
+  }
+  # A wrong config is said before jax is imported.
+  from gptjax.cli.compilation import enable_compilation_cache
+  from gptjax.train.finetune import finetune
+  from gptjax.train.variants import Variant, finetune_variants
 
-  finetune(config, options.workdir)
+  enable_compilation_cache()
+  if list(configs) == [""] and configs[""][0].num_seeds == 1:
+    finetune(configs[""][0], options.workdir)
+    return
+  finetune_variants(
+    [Variant(name, config, settings) for name, (config, settings) in configs.items()],
+    options.workdir,
+  )

@@ -149,3 +149,18 @@ class ResolvedFinetuneConfig(FinetuneConfig):
   """A fine-tuning run whose architecture, labels and length are known: what config.json holds."""
 
   model: ModelConfig = ModelConfig()
+
+
+def tiny_finetuning(family: str, examples: str) -> FinetuneConfig:
+  """Returns fine-tuning that runs in seconds on a CPU, offline: `:tiny` of an experiment.
+
+  Args:
+    family: of the task.
+    examples: a file with the usual columns.
+  """
+  return FinetuneConfig(
+    data=TaskDataConfig(family=family, files=(examples,), valid_fraction=0.25, num_buckets=1),
+    optimizer=dataclasses.replace(GPT1_OPTIMIZER, learning_rate=1e-3),
+    train=TrainConfig(num_epochs=2.0, batch_rows=8, log_every_steps=1),
+    eval=EvalConfig(every_steps=0, batch_rows=8, sample_prompts=()),
+  )

@@ -29,10 +29,13 @@ MAX_STEPS = 2**40
 
 @dataclasses.dataclass(frozen=True)
 class Durations:
-  """Lengths of a run and of the parts of its schedule, in updates."""
+  """Lengths of a run and of the parts of its schedule, in updates.
+
+  A fraction of the run is a whole number of updates, but for "gpt1", whose code rounds nothing.
+  """
 
   total_steps: int
-  warmup_steps: int
+  warmup_steps: float
   decay_steps: int
 
 
@@ -88,7 +91,7 @@ def resolve_durations(
   if config.decay_steps is None and config.decay_tokens is None:
     wsd_steps = round(WSD_DECAY_FRACTION * total_steps)
     decay_steps = wsd_steps if config.schedule == "wsd" else total_steps - warmup_steps
-    return Durations(total_steps, warmup_steps, max(decay_steps, 1))
+    return Durations(total_steps, warmup_steps, max(round(decay_steps), 1))
   if config.schedule in ("constant", "gpt1"):
     raise ConfigError(
       f'optimizer.schedule "{config.schedule}" has no decay to set; remove optimizer.decay_steps'
@@ -110,7 +113,7 @@ def resolve_durations(
 
 def _warmup_steps(
   config: OptimizerConfig, total_steps: int, tokens_before: Callable[[int], int]
-) -> int:
+) -> float:
   """Converts the one spelling of the warm-up that is set; none is no warm-up."""
   for key in ("warmup_steps", "warmup_tokens", "warmup_fraction"):
     value = getattr(config, key)
@@ -120,7 +123,8 @@ def _warmup_steps(
     return config.warmup_steps
   if config.warmup_tokens is not None:
     return _steps_of(config.warmup_tokens, tokens_before)
-  return round((config.warmup_fraction or 0.0) * total_steps)
+  steps = (config.warmup_fraction or 0.0) * total_steps
+  return steps if config.schedule == "gpt1" else round(steps)
 
 
 def _steps_of(tokens: int, tokens_before: Callable[[int], int]) -> int:
