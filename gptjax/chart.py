@@ -29,6 +29,7 @@ class Series:
     smoothing: points that the thick line averages over; the values themselves are drawn thin
       behind it. 0 draws the values only.
     has_markers: a dot at each point, for values that are few.
+    is_faint: grey, behind the others, with no place in the legend and the read-out.
   """
 
   name: str
@@ -36,6 +37,7 @@ class Series:
   ys: Sequence[float | None]
   smoothing: int = 0
   has_markers: bool = False
+  is_faint: bool = False
 
 
 def line_chart(
@@ -45,6 +47,7 @@ def line_chart(
   x_label: str = "step",
   y_label: str = "",
   is_log: bool = False,
+  is_log_x: bool = False,
   y_range: tuple[float | None, float | None] = (None, None),
 ) -> str:
   """Draws lines as an inline SVG figure with a read-out under the pointer.
@@ -54,6 +57,7 @@ def line_chart(
     series: at most six are told apart by colour.
     x_label, y_label: of the axes.
     is_log: logarithmic y; values that are not positive are left out.
+    is_log_x: logarithmic x, whose values are positive.
     y_range: ends of the y axis; None is fitted to the values. What lies outside runs along
       the frame, as do the highest 0.5 % of a smoothed series.
 
@@ -61,29 +65,35 @@ def line_chart(
     A <figure>; a paragraph that says so where there is nothing to draw.
   """
   lines = [_clean(one, is_log) for one in series]
-  lines = [one for one in lines if one.xs]
+  lines = sorted((one for one in lines if one.xs), key=lambda one: not one.is_faint)
   if not lines:
     return f"<figure><figcaption>{html.escape(title)}</figcaption><p>No values yet.</p></figure>"
   xs = [x for one in lines for x in one.xs]
-  x_axis = Axis.fit(min(xs), max(xs), _LEFT, CHART_WIDTH - _RIGHT, is_tight=True)
+  x_axis = Axis.fit(
+    min(xs), max(xs), _LEFT, CHART_WIDTH - _RIGHT, is_log=is_log_x, is_tight=not is_log_x
+  )
   low, high = _y_limits(lines, y_range)
   y_axis = Axis.fit(low, high, CHART_HEIGHT - _BOTTOM, _TOP, is_log=is_log)
-  drawn = [_draw_series(one, index % COLORS, x_axis, y_axis) for index, one in enumerate(lines)]
+  named = [one for one in lines if not one.is_faint] or lines
+  drawn = [_draw_series(one, "faint", x_axis, y_axis) for one in lines if one not in named]
+  drawn += [
+    _draw_series(one, f"c{index % COLORS}", x_axis, y_axis) for index, one in enumerate(named)
+  ]
   scales = {
     "x": dataclasses.asdict(x_axis),
     "y": dataclasses.asdict(y_axis),
     "label": x_label,
-    "series": [_thin(_main_line(one)) for one in lines],
+    "series": [_thin(_main_line(one)) for one in named],
   }
   legend = "".join(
     f'<span class="c{index % COLORS}"><i></i>{html.escape(one.name)}</span>'
-    for index, one in enumerate(lines)
+    for index, one in enumerate(named)
     if len(lines) > 1
   )
   return (
     f'<figure class="chart"><figcaption>{html.escape(title)}<output></output></figcaption>'
     f'<svg viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}" role="img" aria-label="{html.escape(title)}">'
-    f"<title>{html.escape(_describe(title, lines))}</title>"
+    f"<title>{html.escape(_describe(title, named))}</title>"
     f"{_draw_axes(x_axis, y_axis, x_label, y_label)}{''.join(drawn)}"
     f'<g class="hover"></g></svg><div class="legend">{legend}</div>'
     f'<script type="application/json">{_script_json(scales)}</script></figure>'
@@ -198,7 +208,7 @@ def _main_line(series: Series) -> list[tuple[float, float]]:
   return [*zip(series.xs, ys, strict=True)]
 
 
-def _draw_series(series: Series, color: int, x_axis: Axis, y_axis: Axis) -> str:
+def _draw_series(series: Series, color: str, x_axis: Axis, y_axis: Axis) -> str:
   points = [*zip(series.xs, series.ys, strict=True)]
   parts = [_polyline(points, "raw", x_axis, y_axis)] if series.smoothing else []
   parts.append(_polyline(_main_line(series), "line", x_axis, y_axis))
@@ -207,7 +217,7 @@ def _draw_series(series: Series, color: int, x_axis: Axis, y_axis: Axis) -> str:
       f'<circle cx="{x_axis.pixel(x):.1f}" cy="{y_axis.pixel(y):.1f}" r="3"/>'
       for x, y in _thin(points)
     ]
-  return f'<g class="c{color}">{"".join(parts)}</g>'
+  return f'<g class="{color}">{"".join(parts)}</g>'
 
 
 def _polyline(points: list[tuple[float, float]], kind: str, x_axis: Axis, y_axis: Axis) -> str:
@@ -249,6 +259,8 @@ def _tick_labels(ticks: Sequence[float]) -> list[str]:
     pairs = zip(labels, ticks, strict=True)
     if all(math.isclose(float(label), tick, rel_tol=1e-6, abs_tol=1e-9) for label, tick in pairs):
       return labels
+  if min(ticks) > 0 and largest / min(ticks) >= 100:  # of a logarithmic axis
+    return [f"{tick:g}" for tick in ticks]
   # One exponent for all: 2e-4, 4e-4.
   exponent = math.floor(math.log10(largest))
   return [f"{tick / 10.0**exponent:.3g}e{exponent}" if tick else "0" for tick in ticks]

@@ -253,6 +253,7 @@ circle { fill: currentColor; stroke: none; }
 .hover line { stroke: var(--dim); stroke-dasharray: 3 3; }
 .c0 { color: var(--c0); } .c1 { color: var(--c1); } .c2 { color: var(--c2); }
 .c3 { color: var(--c3); } .c4 { color: var(--c4); } .c5 { color: var(--c5); }
+.faint { color: var(--dim); opacity: .35; } .faint .line { stroke-width: 1; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 16px; font-size: 13px; }
 .legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px;
   background: currentColor; margin-right: 6px; vertical-align: middle; }
