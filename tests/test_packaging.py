@@ -306,7 +306,8 @@ def test_torch_and_transformers_are_needed_by_parity_alone():
   config = read_setup_cfg()
   extras = dict(config["options.extras_require"])
   parity = requirements(extras.pop("test-hf"))
-  assert {re.match(r"[\w-]+", line).group() for line in parity} == {"torch", "transformers"}
+  names = {re.match(r"[\w-]+", line).group() for line in parity}
+  assert names >= {"torch", "transformers"}
   assert any(line.startswith("torch==") for line in parity)
   others = [config["options"]["install_requires"], *extras.values()]
   assert not [line for text in others for line in requirements(text) if line.startswith("torch")]

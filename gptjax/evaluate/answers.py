@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 import scipy.special
 
@@ -13,14 +12,12 @@ from gptjax.data.building import show_progress
 from gptjax.data.examples import Example
 from gptjax.data.task_format import Task
 from gptjax.errors import ConfigError
-from gptjax.evaluate.completions import complete
+from gptjax.evaluate.completions import complete, make_generator
 from gptjax.evaluate.scoring import Row, Scorer, continuation_row
 from gptjax.evaluate.task_metrics import task_metrics
 from gptjax.evaluate.templates import NORMALIZATIONS, Template
-from gptjax.evaluate.texts import encode, encode_pairs, need_tokenizer, start_ids
-from gptjax.generate.generator import Generator
+from gptjax.evaluate.texts import encode, encode_pairs, start_ids
 from gptjax.generate.options import DecodingOptions
-from gptjax.parallel import make_parallel
 
 # Thresholds that are tried, at equal shares of the training examples.
 _THRESHOLDS = 200
@@ -100,7 +97,6 @@ class Judge:
     self._model = model
     self._scorer = scorer
     self._start = start_ids(model, start)
-    self._tokenizer = need_tokenizer(model)
 
   def ask(self, questions: Sequence[Question]) -> Answers:
     """Returns what the model answers to questions."""
@@ -187,7 +183,7 @@ class Judge:
     room = self._model.config.context_length - options.max_new_tokens
     prompts = [[*self._start, *prompt] for prompt in prompts]
     with show_progress("completing", len(prompts), "prompts") as advance:
-      texts = complete(self._generator(), prompts, options, advance=advance)
+      texts = complete(make_generator(self._model), prompts, options, advance=advance)
     gold = [answer.strip() for _, answer in pairs]
     texts = [text.strip() for text in texts]
     is_right_N = np.array([text == answer for text, answer in zip(texts, gold)])
@@ -198,16 +194,6 @@ class Judge:
     num_cut = sum(len(prompt) > room for prompt in prompts)
     metrics = {"exact_match": float(is_right_N.mean())}
     return Answers(metrics, {}, is_right_N, lines, len(prompts), num_cut)
-
-  def _generator(self) -> Generator:
-    # The scorer's parameters lie on every device, and one generates.
-    parallel = make_parallel("pmap", devices=jax.local_devices())
-    return Generator(
-      parallel.for_decoding(self._model.params),
-      self._model.config,
-      self._tokenizer,
-      end_ids=self._model.token_ids["eos"],
-    )
 
   def _pairs(self, question: Question) -> Iterator[tuple[str, str]]:
     """Yields (prompt, answer) for each answer to choose from."""

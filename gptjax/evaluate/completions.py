@@ -3,14 +3,28 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
 
+from gptjax.checkpoint.models import Loaded
 from gptjax.errors import ConfigError
 from gptjax.generate.generator import Generator, draw_seed
 from gptjax.generate.options import DecodingOptions, is_sampled
+from gptjax.parallel import make_parallel
 
 # Prompts of a batch where no batch size is given.
 BATCH_PROMPTS = 16
+
+
+def make_generator(model: Loaded) -> Generator:
+  """Makes what writes the texts of a model, wherever its parameters lie."""
+  parallel = make_parallel("pmap", devices=jax.local_devices())
+  return Generator(
+    parallel.for_decoding(model.params),
+    model.config,
+    model.tokenizer,
+    end_ids=model.token_ids["eos"],
+  )
 
 
 def complete(

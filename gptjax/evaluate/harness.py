@@ -5,6 +5,7 @@ neither the harness nor this needs PyTorch. Texts become ids as they do in the h
 model: special tokens that a text spells are parsed, and a tokenizer's usual frame is put around.
 """
 
+import difflib
 import os
 import random
 import sys
@@ -15,14 +16,15 @@ from lm_eval import utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
+from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from gptjax.checkpoint.models import Loaded, load_model
 from gptjax.errors import ConfigError, DataError
-from gptjax.evaluate.completions import complete
+from gptjax.evaluate.completions import complete, make_generator
 from gptjax.evaluate.scoring import Row, Scorer, continuation_row
-from gptjax.generate.generator import Generator
 from gptjax.generate.options import DecodingOptions, parse_options
 from gptjax.model.parameters import count_parameters
 
@@ -68,9 +70,7 @@ class HarnessModel(TemplateLM):
     self._words = model.tokenizer
     self._batch_size = _parse_batch_size(batch_size)
     self._scorer = Scorer(model, self._batch_size)
-    self._generator = Generator(
-      model.params, model.config, model.tokenizer, end_ids=model.token_ids["eos"]
-    )
+    self._generator = make_generator(model)
     self._config = model.config
     self.max_length = _parse_max_length(max_length, model.config.context_length)
     self._end_ids = model.token_ids["eos"] or _known(model.tokenizer.end_id)
@@ -187,6 +187,55 @@ class HarnessModel(TemplateLM):
     elif options.get("seed") is None:
       options["seed"] = random.getrandbits(32)
     return parse_options(options)
+
+
+def run_tasks(
+  model: HarnessModel,
+  tasks: Sequence[str],
+  include_path: str | None = None,
+  *,
+  num_fewshot: int | None = None,
+  limit: int | None = None,
+  seed: int = 1234,
+) -> dict[str, Any]:
+  """Runs tasks of the harness, and returns what its `simple_evaluate` does.
+
+  Args:
+    model: what is scored.
+    tasks: names, also with wildcards.
+    include_path: a folder of tasks beside the harness's own.
+    num_fewshot: shots; None is what each task says.
+    limit: the first so many examples of each task; None is all.
+    seed: of shots, and of texts that are drawn.
+
+  Raises:
+    ConfigError: no such folder, or no such task.
+    DataError: data of a task that cannot be read, or had without network.
+  """
+  if include_path is not None and not os.path.isdir(include_path):
+    raise ConfigError(f'include_path is "{include_path}", which is no folder')
+  manager = TaskManager(include_path=include_path)
+  for name in tasks:
+    if not manager.match_tasks([name]):
+      # There are thousands; all of them would be no help.
+      near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+      hint = f"; the nearest are {', '.join(near)}" if near else ""
+      raise ConfigError(f'the harness has no task "{name}"{hint}')
+  try:
+    return simple_evaluate(
+      model=model,
+      tasks=manager.match_tasks(list(tasks)),
+      task_manager=manager,
+      num_fewshot=num_fewshot,
+      limit=limit,
+      log_samples=False,
+      random_seed=seed,
+      numpy_random_seed=seed,
+      torch_random_seed=None,
+      fewshot_random_seed=seed,
+    )
+  except OSError as error:
+    raise DataError(f"the data of a task cannot be read: {error}") from error
 
 
 def _progress(total: int, is_disabled: bool) -> tqdm:
