@@ -158,19 +158,27 @@ class Model:
       )
     return self._generators[weights]
 
-  def save(self, path: str | os.PathLike, format: str = "hf") -> None:
+  def save(self, path: str | os.PathLike, format: str = "hf", head: str | None = None) -> None:
     """Writes the model to a new folder.
 
     Args:
       path: a folder that does not exist or is empty.
       format: "hf" (what transformers reads), or "gptjax" (a run directory).
+      head: "task" writes what a fine-tuned model was taught, as transformers' classifier; "lm"
+        the language model alone; None is the task where there is one.
 
     Raises:
       UserError: the folder is not empty or cannot be written, or transformers has no such model.
     """
     check_choice("format", format, ("hf", "gptjax"))
+    check_choice("head", head or "lm", ("lm", "task"))
+    if head == "task" and self.task is None:
+      raise ConfigError('head is "task", and the model was not fine-tuned on one; leave it out')
+    params, task = self.params, self.task
+    if head == "lm":
+      params, task = {name: params[name] for name in params if name != "task_head"}, None
     save = save_hf if format == "hf" else save_run
-    save(path, self.config, self.params, self.tokenizer)
+    save(path, self.config, params, self.tokenizer, task=task)
 
   def _run(self, function: Any, tokens: Any) -> jax.Array:
     tokens_BL = jnp.asarray(self._check(tokens))

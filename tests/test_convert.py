@@ -155,12 +155,12 @@ def test_buffers_of_old_versions_are_passed_over(tmp_path):
 
 def test_heads_of_other_tasks_are_left_out_and_said(tmp_path):
   _, params, fields, tensors = make_model("gpt2")
-  tensors["multiple_choice_head.summary.weight"] = np.ones((1, 24), np.float32)
+  tensors["qa_outputs.weight"] = np.ones((1, 24), np.float32)
   notes = []
   folder = foreign_files.write_folder(tmp_path / "x", fields, tensors)
   assert_same(load_foreign(folder, report=notes.append)[1], params)
   assert len(notes) == 1
-  assert "multiple_choice_head" in notes[0]
+  assert "qa_outputs" in notes[0]
 
 
 def test_tied_heads(tmp_path):
@@ -373,8 +373,8 @@ def test_parameters_of_another_model_are_refused(tmp_path):
   config, params, _, _ = make_model("gpt2")
   with pytest.raises(CheckpointError, match=r"final_norm/bias is absent, and its config makes it"):
     save_hf(tmp_path / "x", make_config("gpt2", vocab_multiple=128), {"decoder": {}})
-  with pytest.raises(CheckpointError, match=r"task_head/kernel is \[2\], .* makes it absent"):
-    save_hf(tmp_path / "x", config, params | {"task_head": {"kernel": np.ones(2, np.float32)}})
+  with pytest.raises(CheckpointError, match=r"value_head/kernel is \[2\], .* makes it absent"):
+    save_hf(tmp_path / "x", config, params | {"value_head": {"kernel": np.ones(2, np.float32)}})
   assert list(tmp_path.iterdir()) == []
 
 

@@ -9,9 +9,11 @@ from typing import Any, NoReturn
 
 from gptjax.errors import CheckpointError
 
+# Where our own config.json keeps the task of a head.
+TASK_FIELD = "gptjax_task"
 # Names, ids, heads of other tasks, how to generate, what to return: nothing the logits depend on.
 _HARMLESS = re.compile(
-  r"_.*|.*_token_ids?|summary_.*|output_.*|num_beam.*|.*return.*|classifier_dropout|id2label"
+  r"_.*|gptjax_task|.*_token_ids?|summary_.*|output_.*|num_beam.*|.*return.*|classifier_dropout|id2label"
   r"|label2id|(num_)?labels|problem_type|architectures|auto_map|model_type|name_or_path"
   r"|tokenizer_class|transformers_version|task_specific_params|finetuning_task|prefix"
   r"|(torch_)?dtype|torchscript|use_bfloat16|use_cache|gradient_checkpointing|tf_legacy_loss"

@@ -30,6 +30,7 @@ from gptjax.checkpoint.key_tables import (
   is_head,
   layer_number,
 )
+from gptjax.checkpoint.task_heads import READ_HEADS
 from gptjax.checkpoint.tensors import open_tensors
 from gptjax.errors import CheckpointError, did_you_mean
 from gptjax.model.config import ModelConfig
@@ -202,8 +203,8 @@ def _check(
   expected = {source.name: source for layers in sources.values() for source in layers}
   spare = [name for name in tensors if name not in expected]
   heads = [name for name in spare if TASK_HEADS.match(name)]
-  if heads:
-    report(f'"{path}": heads that are not the language model\'s are left out: {_list(heads)}')
+  if others := [name for name in heads if name not in READ_HEADS]:
+    report(f'"{path}": heads that are not the language model\'s are left out: {_list(others)}')
   unknown = [name for name in spare if name not in heads and not BUFFERS.search(name)]
   if unknown:
     _refuse_unknown(unknown, expected, config, path)

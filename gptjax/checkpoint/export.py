@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,15 @@ from gptjax.checkpoint.export_config import (
   with_written_biases,
   write_foreign_config,
 )
+from gptjax.checkpoint.foreign_config import CLASS_PREFIXES
 from gptjax.checkpoint.key_tables import LAYOUTS, Layout, Source, find_sources, full_index, is_head
+from gptjax.checkpoint.task_heads import filling_id, write_head
+from gptjax.data.task_config import TaskDataConfig
+from gptjax.data.task_inputs import mark_texts
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import CheckpointError
 from gptjax.model.config import ModelConfig
+from gptjax.model.mup import standard_form
 from gptjax.model.parameters import model_specs
 from gptjax.tree import named_leaves
 
@@ -34,6 +40,7 @@ def save_hf(
   params: PyTree,
   tokenizer: Any = None,
   max_shard_bytes: float = 5e9,
+  task: TaskDataConfig | None = None,
 ) -> None:
   """Writes a model in the Hugging Face layout, in the dtype of its parameters.
 
@@ -46,6 +53,8 @@ def save_hf(
     params: the whole tree, arrays that this process can read whole.
     tokenizer: a gptjax Tokenizer to put beside it, or None.
     max_shard_bytes: a larger model is cut into files of about this size, with an index.
+    task: writes the "task_head" of this task too, as transformers' class for it (`task_heads`);
+      the tokenizer then marks texts as the head was taught. None writes a language model alone.
 
   Raises:
     CheckpointError: the folder is not empty or cannot be written, transformers has no such model,
@@ -54,7 +63,12 @@ def save_hf(
   path = Path(path)
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
     raise CheckpointError(f'"{path}" exists and is not empty; choose another folder or remove it')
-  tensors = _Tensors(config, params)
+  config, params = standard_form(config, params)
+  head = None
+  if task is not None:
+    head = write_head(params, config, task, find_model_type(config), tokenizer)
+    params = head.params
+  tensors = _Tensors(config, params, head.tensors if head else {})
   ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
   if tokenizer is not None:
     _check_tokenizer(tokenizer, config)
@@ -62,11 +76,14 @@ def save_hf(
     kept = (i if i is not None and i < config.vocab_size else None for i in found)
     ids = dict(zip(ids, kept, strict=True))
   fields = write_foreign_config(config) | ids | {"torch_dtype": tensors.common_dtype()}
+  if head is not None:
+    prefix = CLASS_PREFIXES[fields["model_type"]]
+    fields |= head.fields | {"architectures": [prefix + head.class_suffix]}
   with _appearing(path) as folder:
     _write_json(folder / "config.json", fields)
     _write_json(folder / "generation_config.json", {"_from_model_config": True} | ids)
     if tokenizer is not None:
-      _write_tokenizer(folder, tokenizer, config)
+      _write_tokenizer(folder, tokenizer, config, task)
     _write_shards(folder, tensors, max_shard_bytes)
 
 
@@ -95,11 +112,15 @@ class _Tensors:
   """The foreign tensors of a model, made one at a time.
 
   Attributes:
-    parts: {foreign name: the (our path, source) that it is made of}.
+    parts: {foreign name: the (our path, source) that it is made of}, none of those made before.
   """
 
-  def __init__(self, config: ModelConfig, params: PyTree):
+  def __init__(
+    self, config: ModelConfig, params: PyTree, made: Mapping[str, np.ndarray] | None = None
+  ):
+    params = {name: tree for name, tree in params.items() if name != "task_head"}
     self._leaves = named_leaves(params)
+    self._made = dict(made or {})
     layout = LAYOUTS[find_model_type(config)]
     self._check(config)
     sources = find_sources(with_written_biases(config), layout)
@@ -107,13 +128,16 @@ class _Tensors:
     for path, layers in sources.items():
       for source in layers:
         self.parts.setdefault(_full_name(source.name, layout), []).append((path, source))
+    self.parts |= {name: [] for name in self._made}
 
   def shape(self, name: str) -> tuple[int, ...]:
     """Returns the shape of a foreign tensor."""
-    return self.parts[name][0][1].shape
+    return self._made[name].shape if name in self._made else self.parts[name][0][1].shape
 
   def dtype(self, name: str) -> np.dtype:
     """Returns the dtype of a foreign tensor: that of our arrays, or of all for one of zeros."""
+    if name in self._made:
+      return self._made[name].dtype
     found = {self._leaves[path].dtype for path, _ in self.parts[name] if path in self._leaves}
     found = found or {leaf.dtype for leaf in self._leaves.values()}
     return np.result_type(*found)
@@ -128,6 +152,8 @@ class _Tensors:
 
   def make(self, name: str) -> np.ndarray:
     """Puts a foreign tensor together."""
+    if name in self._made:
+      return np.ascontiguousarray(self._made[name])
     tensor = np.zeros(self.shape(name), self.dtype(name))
     for path, source in self.parts[name]:
       if path not in self._leaves:
@@ -182,14 +208,21 @@ def _write_json(path: Path, fields: dict[str, Any]) -> None:
   _write(path, [json.dumps(fields, indent=2, ensure_ascii=False).encode() + b"\n"])
 
 
-def _write_tokenizer(folder: Path, tokenizer: Any, config: ModelConfig) -> None:
-  tokenizer.save(folder / "tokenizer.json")
+def _write_tokenizer(
+  folder: Path, tokenizer: Tokenizer, config: ModelConfig, task: TaskDataConfig | None
+) -> None:
   fields = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "model_max_length": config.context_length,
     "clean_up_tokenization_spaces": False,
-  }
-  _write_json(folder / "tokenizer_config.json", fields | tokenizer.roles)
+  } | tokenizer.roles
+  if task is None:
+    tokenizer.save(folder / "tokenizer.json")
+  else:
+    mark_texts(tokenizer, task).save(str(folder / "tokenizer.json"))
+    fields["pad_token"] = tokenizer.backend.id_to_token(filling_id(task, tokenizer))
+    fields["model_max_length"] = task.max_length or config.context_length
+  _write_json(folder / "tokenizer_config.json", fields)
 
 
 def _write_shards(folder: Path, tensors: _Tensors, max_shard_bytes: float) -> None:

@@ -18,6 +18,7 @@ from gptjax.checkpoint.foreign_config import Report, read_foreign_config, read_t
 from gptjax.checkpoint.resolve import Model, resolve_model
 from gptjax.checkpoint.run_directory import RunDirectory, is_remote
 from gptjax.checkpoint.store import CheckpointStore
+from gptjax.checkpoint.task_heads import read_head
 from gptjax.config import from_mapping
 from gptjax.data.gpt1_tokenizer import MODES
 from gptjax.data.special_tokens import check_given
@@ -99,6 +100,11 @@ def load_model(
   words = load_model_tokenizer(model, special_tokens or {}, tokenizer)
   load = load_run if model.kind == "run" else load_foreign
   config, params = load(model.path, dtype, parallel, report)
+  task = _task_of_run(RunDirectory(model.path)) if model.kind == "run" else None
+  if model.kind != "run" and (found := read_head(model.path, report)):
+    task, head = found
+    head = jax.tree.map(lambda array: jnp.asarray(array, dtype), head)
+    params["task_head"] = head if parallel is None else parallel.adopt(head)
   if words is not None and words.vocab_size > config.vocab_size:
     given = dict.fromkeys([*roles.values(), *others])
     new = [t for t in given if words.added_tokens.get(t, 0) >= config.vocab_size]
@@ -111,7 +117,7 @@ def load_model(
     attention_implementation="auto",
   )
   token_ids = _token_ids(model, config, words, roles, report)
-  return Loaded(config, params, words, token_ids, _task_of(model))
+  return Loaded(config, params, words, token_ids, task)
 
 
 def _describe_growth(new: list[str], tokenizer: Tokenizer, config: ModelConfig) -> str:
@@ -252,9 +258,9 @@ def load_run(
   return config, params
 
 
-def _task_of(model: Model) -> TaskDataConfig | None:
-  """Reads the task of a fine-tuned run."""
-  data = RunDirectory(model.path).read_config().get("data", {}) if model.kind == "run" else {}
+def _task_of_run(run: RunDirectory) -> TaskDataConfig | None:
+  """Reads the task of a fine-tuned run; the data of pretraining has no adapter."""
+  data = run.read_config().get("data", {})
   return from_mapping(TaskDataConfig, data, "data.") if "adapter" in data else None
 
 

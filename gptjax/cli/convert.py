@@ -12,9 +12,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("destination", help="a folder that does not exist or is empty")
   parser.add_argument("--to", required=True, choices=["hf", "gptjax"], help="the format")
   parser.add_argument("--dtype", help="float32, bfloat16 or float16; default: as it is")
+  parser.add_argument(
+    "--head", choices=["task", "lm"], help="of a fine-tuned model; default: its task"
+  )
 
 
 def run(options: argparse.Namespace) -> None:
   source, destination = options.source, options.destination
-  gptjax.load(source, dtype=options.dtype).save(destination, format=options.to)
+  gptjax.load(source, dtype=options.dtype).save(destination, format=options.to, head=options.head)
   print(f"{source} is now also {destination} ({options.to})", file=sys.stderr)

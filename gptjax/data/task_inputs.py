@@ -13,6 +13,8 @@ import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
 
 from gptjax.data.examples import Example
 from gptjax.data.task_config import MARKS, TaskDataConfig
@@ -98,6 +100,24 @@ def find_task_tokens(tokenizer: Tokenizer, config: TaskDataConfig) -> TaskTokens
   if len(set(ids.values())) < len(ids):
     raise ConfigError("data.start_token, delimiter_token and extract_token must be different")
   return TaskTokens(*(ids.get(mark) for mark in MARKS))
+
+
+def mark_texts(tokenizer: Tokenizer, config: TaskDataConfig) -> Backend:
+  """Returns a copy of the backend that marks a text or a pair by itself.
+
+  A post-processor does it, which our own Tokenizer does not ask and transformers does.
+  """
+  backend = Backend.from_str(tokenizer.backend.to_str())
+  found = dataclasses.astuple(find_task_tokens(tokenizer, config))
+  start, delimiter, extract = ([] if i is None else [backend.id_to_token(i)] for i in found)
+  marking = processors.TemplateProcessing(
+    single=[*start, "$A", *extract],
+    pair=[*start, "$A", *delimiter, "$B", *extract],
+    special_tokens=[(backend.id_to_token(i), i) for i in found if i is not None],
+  )
+  earlier = backend.post_processor
+  backend.post_processor = processors.Sequence([earlier, marking]) if earlier else marking
+  return backend
 
 
 def encode_examples(
