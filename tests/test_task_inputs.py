@@ -105,6 +105,12 @@ def test_labels_are_classes_or_scores():
   assert labels_N.dtype == np.float32 and labels_N.tolist() == [2.5]
 
 
+def test_a_pair_makes_the_same_rows_in_both_orders():
+  one, other = Example("", ("ab",), ("c",)), Example("", ("c",), ("ab",))
+  assert rows(encode(one, "similarity")) == rows(encode(other, "similarity"))
+  assert rows(encode(one, "entailment")) != rows(encode(other, "entailment"))
+
+
 def test_marks_may_be_left_out():
   example = Example("", ("ab",), choices=("c", "d"))
   config = TaskDataConfig(family="multiple_choice", marks=("extract",))

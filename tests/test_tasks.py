@@ -444,5 +444,59 @@ def test_real_questions_are_put_with_their_context():
   assert race.choices == ("see its color", "see its heat", "not see its color", "see nothing")
 
 
+NLI_HEADER = (
+  *("index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse"),
+  *("sentence1_parse", "sentence2_parse", "sentence1", "sentence2", "label1", "gold_label"),
+)
+STORY_HEADER = (
+  *("InputStoryid", "InputSentence1", "InputSentence2", "InputSentence3", "InputSentence4"),
+  *("RandomFifthSentenceQuiz1", "RandomFifthSentenceQuiz2", "AnswerRightEnding"),
+)
+
+
+@pytest.mark.parametrize(
+  ("adapter", "name", "header", "row", "expected"),
+  [
+    (
+      "mnli",
+      "train.tsv",
+      NLI_HEADER,
+      (0, 31193, "31193n", "government", "(", "(", "(", "(", "One.", "Two.", "neutral", "neutral"),
+      Example("0", ("One.",), ("Two.",), label=1),
+    ),
+    (
+      "qnli",
+      "train.tsv",
+      ("index", "question", "sentence", "label"),
+      (7, "When?", 'In "May".', "not_entailment"),
+      Example("7", ("When?",), ('In "May".',), label=1),
+    ),
+    (
+      "qqp",
+      "train.tsv",
+      ("id", "qid1", "qid2", "question1", "question2", "is_duplicate"),
+      (133273, 213221, 213222, "How?", "In which way?", 1),
+      Example("133273", ("How?",), ("In which way?",), label=1),
+    ),
+    (
+      "story_cloze",
+      "test.csv",
+      STORY_HEADER,
+      ("b929f263", "One.", '"Two, too."', "Three.", "Four.", "Bad.", "Good.", 2),
+      Example("b929f263", ("One.", "Two, too.", "Three.", "Four."), (), ("Bad.", "Good."), 1),
+    ),
+  ],
+)
+def test_adapters_that_met_no_real_file_read_their_published_columns(
+  tmp_path, adapter, name, header, row, expected
+):
+  separator = "," if name.endswith(".csv") else "\t"
+  file = write_table(tmp_path / name, [header, row], separator)
+  config = TaskDataConfig(adapter=adapter, files=(str(file),), valid_files=(str(file),))
+  data = load_task(config)
+  assert data.train == [expected]
+  assert data.notes == (f'adapter "{adapter}" has not met a real file yet: look at some examples',)
+
+
 def test_adapters_are_run_or_marked():
   assert set(NOT_RUN) == set(ADAPTERS) - {row[0] for row in REAL}

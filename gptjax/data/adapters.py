@@ -69,7 +69,7 @@ ADAPTERS: dict[str, TaskFormat] = {
     id_columns=("index",),
   ),
   "snli": replace(_NLI, id_columns=("pairID",)),
-  "mnli": replace(_NLI, id_columns=("pairID",)),
+  "mnli": _NLI,
   "qnli": replace(
     _NLI,
     text_columns=("question",),
@@ -146,5 +146,5 @@ ADAPTERS: dict[str, TaskFormat] = {
   ),
 }
 
-# Written by what is published of these sets; they have never met a real file.
+# Written by what is published of these sets: they have not met a real file yet, and say so.
 NOT_RUN = ("mnli", "qnli", "qqp", "story_cloze")

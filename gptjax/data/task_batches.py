@@ -89,7 +89,7 @@ class TaskBatches:
     Raises:
       ConfigError: the examples do not divide among the processes.
     """
-    check_divides(self._batch_examples, process_count, "train.batch_examples")
+    check_divides(self._batch_examples, process_count, "train.batch_rows")
     length, indices_E = self._at(batch)
     share = np.split(indices_E, process_count)[process_index]
     return make_batch(self._encoded, share, length)

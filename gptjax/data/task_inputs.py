@@ -170,7 +170,9 @@ def _outlines(example: Example, task: Task) -> list[Outline]:
   if task.family == "multiple_choice":
     return [(text, (choice,)) for choice in example.choices]
   if task.family == "similarity":
-    return [(text, text2), (text2, text)]
+    # Sorted, so that a pair makes the same rows however it is given: in another row of a batch a
+    # product may differ in its last bit.
+    return sorted([(text, text2), (text2, text)])
   return [(text, text2)] if task.family == "entailment" else [(text,)]
 
 

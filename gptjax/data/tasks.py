@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+from gptjax.data.adapters import NOT_RUN
 from gptjax.data.examples import (
   HIDDEN_LABELS,
   Example,
@@ -55,6 +56,8 @@ def load_task(config: TaskDataConfig) -> TaskData:
   train_records, valid_records = _open_splits(config)
   config = _with_labels(config, train_records)
   train, notes = make_examples(config.format, train_records(), needs_labels=True)
+  if config.adapter in NOT_RUN:
+    notes += (f'adapter "{config.adapter}" has not met a real file yet: look at some examples',)
   if valid_records is None:
     train, valid = _draw_valid(train, config.valid_fraction)
     notes += (f"{len(valid):,} of the training examples are drawn for validation",)
