@@ -1,6 +1,7 @@
 """`gptjax serve`: an OpenAI-compatible API of a model, and the editor page."""
 
 import argparse
+import functools
 import os
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
   try:
-    from gptjax.serve import app, chat_template, engine, served, server
+    from gptjax.serve import app, chat_template, editor, engine, served, server
   except ImportError as error:
     raise ConfigError(f'{error}; install what serving needs: pip install "gptjax[serve]"') from None
   limits = engine.Limits(
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> int:
   generator = model.generator(options.weights)
   # The generator has the weights in its own layout; they need not be kept twice.
   del model
-  runs = engine.Engine(generator, name, limits)
+  runs = engine.Engine(generator, name, limits, functools.partial(editor.warm_up, generator))
   page = app.make_app(served.Served(runs, (options.model,), template), access)
   return server.run(page, runs, options.host, options.port, options.time_limit)
 

@@ -2,17 +2,15 @@
 
 A prompt is read into a slot a chunk at a time, between the steps of the rows that run, without
 choosing anything: the next step reads its last token again, with that of every other row, and
-chooses. So only the step depends on options, and it is compiled three times for all: for greedy
-rows, for sampled ones, and for rows of which one has rules or asks for alternatives; what a row
-does not use has the value that changes nothing.
+chooses. So only the step depends on options, and it is compiled once for all: what a row does not
+use has the value that changes nothing, and what no row uses is stepped over.
 
 Letters as in sampling.py; Q counts the tokens of a chunk.
 """
 
 import collections
 import dataclasses
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,36 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from gptjax.errors import ConfigError, DataError
-from gptjax.generate import programs, sampling
-from gptjax.generate.cache import Cache, extend
-from gptjax.generate.candidates import Sampling, make_sampling
+from gptjax.generate import sampling, slot_programs
 from gptjax.generate.generator import Generator, draw_seed
-from gptjax.generate.options import DecodingOptions, is_sampled, strategy
-from gptjax.generate.rules import Rules, make_rules, pad_lists
-from gptjax.generate.sampling import Controls, Texts
+from gptjax.generate.options import DecodingOptions, strategy
+from gptjax.generate.sampling import Controls
+from gptjax.generate.slot_controls import IDLE, ControlsMaker, Uses
 from gptjax.generate.writer import Writer
-from gptjax.model.config import ModelConfig
-from gptjax.model.heads import lm_logits
-
-PyTree = Any
 
 # Tokens of a chunk; between two steps at most the largest of them is read.
 _CHUNKS = (16, 64, 256)
-_IDLE = DecodingOptions(eos_token_id=())
-# What changes nothing, where it is not -1.
-_NEUTRAL = {
-  "bias_RN": 0.0,
-  "repetition_R": 1.0,
-  "frequency_R": 0.0,
-  "presence_R": 0.0,
-  "ngram_R": 0,
-  "min_length_R": 0,
-  "limit_R": 0,
-  "cut_mass_R": -1.0,
-  "min_p_R": 0.0,
-  "typical_mass_R": 2.0,
-}
-_RIGHT_ALIGNED = ("biased_RNW", "bad_RNW")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,11 +137,10 @@ class Slots:
     self._generator, self._config = generator, generator.config
     self._rows: list[_Row | None] = [None] * num_slots
     self._readings: collections.deque[_Reading] = collections.deque()
-    self._seen: dict[str, np.ndarray] = {}
-    self._width: int | None = None
-    self._controls: tuple[Controls, int] | None = None
+    self._maker = ControlsMaker(self._config.vocab_size)
+    self._controls: tuple[Controls, Uses] | None = None
     self._num_alternatives = 0
-    self._cache = _empty_cache(self._config, num_slots, num_positions)
+    self._cache = slot_programs.empty_cache(self._config, num_slots, num_positions)
     # Arrays of their own: they are donated.
     self._texts = sampling.new_texts(
       jnp.zeros((num_slots, num_positions), jnp.int32),
@@ -251,7 +227,7 @@ class Slots:
     tokens_S[: len(prompt.ids)] = prompt.ids
     length, limit = np.int32(len(prompt.ids)), np.int32(prompt.limit)
     for copy, slot in enumerate(slots):
-      self._texts = _write_row(
+      self._texts = slot_programs.write_row(
         self._texts, np.int32(slot), tokens_S, length, limit, seed, prompt_index, copy
       )
       writer = Writer(self._generator.tokenizer, prompt.options.stop)
@@ -269,10 +245,14 @@ class Slots:
     running = [slot for slot in self.active if self._rows[slot].is_running]
     if not running:
       return events
-    controls, num_alternatives = self._current_controls()
     with jax.default_matmul_precision("highest"):
-      self._texts, self._cache, news = _step(
-        self._generator.weights, self._texts, self._cache, controls, num_alternatives, self._config
+      self._texts, self._cache, news = slot_programs.step(
+        self._generator.weights,
+        self._texts,
+        self._cache,
+        *self._current_controls(),
+        self._num_alternatives,
+        self._config,
       )
     arrays = jax.device_get(news)
     events += [self._produce(slot, *(array[slot] for array in arrays)) for slot in running]
@@ -287,42 +267,40 @@ class Slots:
     self._rows[slot] = None
     for reading in [reading for reading in self._readings if slot in reading.slots]:
       if reading.slots[0] == slot and reading.position and len(reading.slots) > 1:
-        self._cache = _copy_row(self._cache, np.int32(slot), np.int32(reading.slots[1]))
+        self._copy_row(slot, reading.slots[1])
       reading.slots.remove(slot)
       if not reading.slots:
         self._readings.remove(reading)
 
   def warm_up(
     self,
-    options: Sequence[DecodingOptions] = (DecodingOptions(),),
+    options: DecodingOptions,
     progress: Callable[[int, int], None] = lambda done, total: None,
   ) -> None:
-    """Compiles what reads prompts and the steps of rows with these options, while all is free.
+    """Compiles what reads prompts, and the step, while all is free.
 
     Args:
-      options: later rows find the step with the rules of all of them.
+      options: the step is ready for rows that use no more than these.
       progress: told (programs done, programs in all).
     """
     if self.active:
       raise ConfigError("slots are warmed up before they are used; release their rows first")
     sizes = self._chunk_sizes
-    total = len(options) + len(sizes)
-    for done, row_options in enumerate(options, 1):
-      self._run_alone(dataclasses.replace(row_options, num_return_sequences=1), 1)
-      progress(done, total)
-    for done, size in enumerate(sizes, len(options) + 1):
+    for done, size in enumerate(sizes, 1):
       self._run_alone(DecodingOptions(), min(size, self.num_positions), is_continued=False)
-      progress(done, total)
-    self._cache = _copy_row(self._cache, np.int32(0), np.int32(0))
+      progress(done, len(sizes) + 1)
+    self._run_alone(dataclasses.replace(options, num_return_sequences=1), 1)
+    self._copy_row(0, 0)
     jax.block_until_ready(self._cache)
+    progress(len(sizes) + 1, len(sizes) + 1)
 
   def _run_alone(self, options: DecodingOptions, length: int, is_continued: bool = True) -> None:
-    """Reads a prompt, in every way, and goes one step on."""
-    for wants in ("scores", "embedding"):
-      self.admit(self.check([0] * length, options, wants=wants, is_continued=is_continued))
-      self.step()
-      for slot in self.active:
-        self.release(slot)
+    """Reads a prompt, scores it, and goes one step on."""
+    self._grow_alternatives(options.top_logprobs)
+    self.admit(self.check([0] * length, options, wants="scores", is_continued=is_continued))
+    self.step()
+    for slot in self.active:
+      self.release(slot)
 
   @property
   def _chunk_sizes(self) -> list[int]:
@@ -358,7 +336,7 @@ class Slots:
     tokens_1Q[0, : len(chunk)] = chunk
     weights, slot = self._generator.weights, np.int32(reading.slots[0])
     with jax.default_matmul_precision("highest"):
-      hidden_QD, self._cache = _read(
+      hidden_QD, self._cache = slot_programs.read(
         weights, tokens_1Q, slot, np.int32(start), self._cache, self._config
       )
     reading.position += len(chunk)
@@ -371,7 +349,7 @@ class Slots:
     targets_Q = np.zeros(len(hidden_QD), np.int32)
     targets_Q[: len(targets)] = targets
     with jax.default_matmul_precision("highest"):
-      found = _score(
+      found = slot_programs.score(
         self._generator.weights, hidden_QD, targets_Q, self._num_alternatives, self._config
       )
     logprob_Q, ids_QX, logprobs_QX = jax.device_get(found)
@@ -385,7 +363,7 @@ class Slots:
     first, *others = reading.slots
     is_continued = reading.prompt.is_continued
     for slot in others:
-      self._cache = _copy_row(self._cache, np.int32(first), np.int32(slot))
+      self._copy_row(first, slot)
     for slot in reading.slots:
       if is_continued:
         self._mark(slot, sampling.RUNNING)
@@ -411,8 +389,11 @@ class Slots:
     logprob = dict(pairs).get(token, float(logprob))
     return Produced(slot, token, logprob, pairs, text, reason, is_end)
 
+  def _copy_row(self, source: int, target: int) -> None:
+    self._cache = slot_programs.copy_row(self._cache, np.int32(source), np.int32(target))
+
   def _mark(self, slot: int, code: int) -> None:
-    finish_R = _set(self._texts.finish_R, np.int32(slot), np.int32(code))
+    finish_R = slot_programs.set_value(self._texts.finish_R, np.int32(slot), np.int32(code))
     self._texts = self._texts.replace(finish_R=finish_R)
 
   def _grow_alternatives(self, count: int) -> None:
@@ -420,186 +401,21 @@ class Slots:
     if count > self._num_alternatives:
       self._num_alternatives = min(1 << (count - 1).bit_length(), self._config.vocab_size)
 
-  def _current_controls(self) -> tuple[Controls, int]:
-    """Returns (controls of all rows, how many alternatives the step is to find)."""
+  def _current_controls(self) -> tuple[Controls, Uses]:
     if self._controls is None:
-      controls, num_alternatives = self._make_controls()
-      self._controls = jax.device_put(controls), num_alternatives
+      prompts = [None if row is None else row.prompt for row in self._rows]
+      self._controls = jax.device_put(
+        self._maker.make(
+          [IDLE if prompt is None else prompt.options for prompt in prompts],
+          [0 if prompt is None else prompt.min_length for prompt in prompts],
+          [1 if prompt is None else prompt.limit for prompt in prompts],
+        )
+      )
     return self._controls
-
-  def _make_controls(self) -> tuple[Controls, int]:
-    prompts = [Prompt([], _IDLE, 0, 1) if row is None else row.prompt for row in self._rows]
-    options = [prompt.options for prompt in prompts]
-    rules = make_rules(
-      options,
-      model_end_id=None,
-      min_length_R=[prompt.min_length for prompt in prompts],
-      limit_R=[prompt.limit for prompt in prompts],
-    )
-    is_plain = not jax.tree.leaves(rules) and not any(row.top_logprobs for row in options)
-    controls = Controls(
-      rules=rules if is_plain else self._widen(rules),
-      sampling=self._sampling(options, is_needed=not is_plain),
-      end_RE=self._keep_size("ends", pad_lists(row.eos_token_id for row in options)),
-    )
-    return controls, 0 if is_plain else self._num_alternatives
-
-  def _sampling(self, options: Sequence[DecodingOptions], is_needed: bool) -> Sampling | None:
-    drawn = [is_sampled(row) for row in options]
-    if not any(drawn) and (self._width is None or not is_needed):
-      return None
-
-    def values(name: str, greedy: float) -> list:
-      return [getattr(row, name) if is_drawn else greedy for row, is_drawn in zip(options, drawn)]
-
-    # One candidate is enough for a greedy row, so that it does not widen those of others.
-    made = make_sampling(
-      self._config.vocab_size,
-      values("temperature", 0.0),
-      values("top_k", 1),
-      values("top_p", 1.0),
-      values("min_p", 0.0),
-      values("typical_p", 1.0),
-    )
-    # 0 is the whole vocabulary.
-    widths = {made.width, made.width if self._width is None else self._width}
-    self._width = 0 if 0 in widths else max(widths)
-    return self._widen(made.replace(width=self._width))
-
-  def _widen(self, made: Rules | Sampling) -> Rules | Sampling:
-    """Keeps what any earlier row needed, so that rows that come and go compile nothing."""
-    arrays = {
-      field.name: self._keep_size(field.name, getattr(made, field.name))
-      for field in dataclasses.fields(made)
-      if field.metadata.get("pytree_node", True)
-    }
-    return made.replace(**arrays)
-
-  def _keep_size(self, name: str, array: np.ndarray | None) -> np.ndarray | None:
-    seen = self._seen.get(name)
-    if seen is None:
-      seen = array
-    if seen is None:
-      return None
-    off = self._config.vocab_size if name == "top_k_R" else _NEUTRAL.get(name, -1)
-    shape = seen.shape if array is None else np.maximum(seen.shape, array.shape)
-    wide = np.full(shape, off, seen.dtype)
-    if array is not None:
-      width = wide.shape[-1] - array.shape[-1]
-      if name in _RIGHT_ALIGNED:
-        wide[:, : array.shape[1], width:] = array
-      else:
-        wide[tuple(map(slice, array.shape))] = array
-    self._seen[name] = wide
-    return wide
 
 
 def _pairs(ids_X: np.ndarray, logprobs_X: np.ndarray, count: int) -> list[tuple[int, float]]:
   return list(zip(ids_X[:count].tolist(), logprobs_X[:count].tolist()))
-
-
-@functools.partial(jax.jit, donate_argnames="texts")
-def _write_row(
-  texts: Texts,
-  slot: jax.Array,
-  tokens_S: jax.Array,
-  length: jax.Array,
-  limit: jax.Array,
-  seed: jax.Array,
-  prompt_index: jax.Array,
-  copy: jax.Array,
-) -> Texts:
-  """Writes a prompt over what was in a slot; the row stays idle until it is marked.
-
-  While it is, steps write at its last token, which is read again before it counts.
-  """
-  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt_index), copy)
-  return texts.replace(
-    tokens_RS=texts.tokens_RS.at[slot].set(tokens_S),
-    prompt_length_R=texts.prompt_length_R.at[slot].set(length),
-    length_R=texts.length_R.at[slot].set(length),
-    limit_R=texts.limit_R.at[slot].set(limit),
-    finish_R=texts.finish_R.at[slot].set(sampling.LENGTH),
-    keys_R=texts.keys_R.at[slot].set(key),
-  )
-
-
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def _read(
-  weights: PyTree,
-  tokens_1Q: jax.Array,
-  slot: jax.Array,
-  position: jax.Array,
-  cache: Cache,
-  config: ModelConfig,
-) -> tuple[jax.Array, Cache]:
-  """Reads a chunk of a prompt into a slot; returns its hidden states [Q, D] and the cache."""
-  programs.report("reading into slots", tokens=tokens_1Q.shape[1])
-  row = jax.tree.map(lambda whole: jax.lax.dynamic_slice_in_dim(whole, slot, 1), cache)
-  hidden_1QD, row = extend(weights, tokens_1Q, position[None], row, config)
-  cache = jax.tree.map(
-    lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, slot, 0), cache, row
-  )
-  return hidden_1QD[0], cache
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _copy_row(cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
-  return jax.tree.map(lambda whole: whole.at[target].set(whole[source]), cache)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _set(array_R: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
-  return array_R.at[slot].set(value)
-
-
-@functools.partial(jax.jit, static_argnames=("num_alternatives", "config"))
-def _score(
-  weights: PyTree,
-  hidden_QD: jax.Array,
-  targets_Q: jax.Array,
-  num_alternatives: int,
-  config: ModelConfig,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns (log-probabilities of the targets, the likeliest ids, and theirs)."""
-  programs.report("scores of a prompt", tokens=len(targets_Q), alternatives=num_alternatives)
-  log_probs_QV = jax.nn.log_softmax(lm_logits(weights, hidden_QD, config), axis=-1)
-  logprobs_QX, ids_QX = jax.lax.top_k(log_probs_QV, num_alternatives)
-  return jnp.take_along_axis(log_probs_QV, targets_Q[:, None], axis=1)[:, 0], ids_QX, logprobs_QX
-
-
-@functools.partial(
-  jax.jit, static_argnames=("num_alternatives", "config"), donate_argnames=("texts", "cache")
-)
-def _step(
-  weights: PyTree,
-  texts: Texts,
-  cache: Cache,
-  controls: Controls,
-  num_alternatives: int,
-  config: ModelConfig,
-) -> tuple[Texts, Cache, tuple[jax.Array, ...]]:
-  """Returns (texts, cache, (token_R, logprob_R, finish_R, ids_RX and logprobs_RX))."""
-  programs.report_texts("a step of slots", texts)
-  hidden_RD, cache = sampling.read_last(weights, texts, cache, config)
-  logits_RV = lm_logits(weights, hidden_RD, config)
-  scores_RV = sampling.score(logits_RV, texts, controls.rules)
-  token_R = sampling.pick(scores_RV, texts, controls.sampling)
-  texts = sampling.append(texts, token_R, logits_RV, controls)
-  logits_RX, ids_RX = jax.lax.top_k(logits_RV, num_alternatives)
-  logprobs_RX = logits_RX - jax.nn.logsumexp(logits_RV, axis=-1, keepdims=True)
-  last = jnp.arange(len(token_R)), texts.length_R - 1
-  news = texts.tokens_RS[last], texts.logprobs_RS[last], texts.finish_R, ids_RX, logprobs_RX
-  return texts, cache, news
-
-
-def _empty_cache(config: ModelConfig, num_rows: int, num_slots: int) -> Cache:
-  shape = (num_rows, config.num_heads, num_slots, config.head_width)
-
-  def layers():
-    return tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers))
-
-  return Cache(layers(), layers())
 
 
 def _check_strategy(options: DecodingOptions) -> None:

@@ -12,11 +12,12 @@ from gptjax import __version__
 from gptjax.serve.chat import make_chat
 from gptjax.serve.completions import make_completions
 from gptjax.serve.connection import Gate
+from gptjax.serve.editor import make_editor, make_pages
 from gptjax.serve.failures import add_handlers
 from gptjax.serve.inspection import make_embeddings, make_health, make_models, make_tokens
 from gptjax.serve.served import Served
 
-_OPEN_PATHS = frozenset({"/", "/health", "/openapi.json"})
+_OPEN_PATHS = frozenset({"/health", "/openapi.json"})
 _DESCRIPTION = "The completions, chats and embeddings of OpenAI's API, from a model of one's own."
 
 
@@ -53,15 +54,18 @@ def make_app(served: Served, access: Access = Access()) -> FastAPI:
     redoc_url=None,
   )
   makers = (make_completions, make_chat, make_embeddings, make_models, make_tokens, make_health)
-  for make in makers:
+  for make in (*makers, make_editor):
     app.include_router(make(served))
+  pages = make_pages()
+  app.include_router(pages)
   add_handlers(app)
-  paths = frozenset(app.openapi()["paths"])
+  page_paths = frozenset(route.path for route in pages.routes)
+  paths = frozenset(app.openapi()["paths"]) | page_paths
   app.add_middleware(
     Gate,
     metrics=served.engine.metrics,
     api_key=access.api_key,
-    open_paths=_OPEN_PATHS,
+    open_paths=_OPEN_PATHS | page_paths,
     routes=paths,
   )
   if access.cors_origins:

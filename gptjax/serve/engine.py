@@ -378,24 +378,27 @@ def _resolve(future: asyncio.Future, result: Any, error: Exception | None) -> No
     future.set_exception(error)
 
 
-def _most_options(vocab_size: int) -> list[DecodingOptions]:
-  """Makes the options of greedy rows, of sampled ones, and of those that use all at its largest."""
-  sampled = {"do_sample": True, "top_p": 0.9, "min_p": 0.1, "typical_p": 0.9}
+def _most_options(vocab_size: int) -> DecodingOptions:
+  """Makes the options of a text that uses all there is, at its largest."""
   ids = list(range(min(MAX_LISTED, vocab_size - 1)))
-  every = {
-    "repetition_penalty": 1.1,
-    "frequency_penalty": 0.1,
-    "presence_penalty": 0.1,
-    "no_repeat_ngram_size": 3,
-    "min_new_tokens": 2,
-    "bad_words_ids": [[0] * _BAD_WORD_TOKENS + [token] for token in ids],
-    "logit_bias": dict.fromkeys(range(min(MAX_BIASED_TOKENS, vocab_size)), 0.1),
-    "suppress_tokens": ids,
-    "begin_suppress_tokens": ids,
-    "forced_bos_token_id": vocab_size - 1,
-    "forced_eos_token_id": vocab_size - 1,
-    "eos_token_id": ids,
-    "top_logprobs": min(MAX_TOP_LOGPROBS, vocab_size),
-  }
-  rows = {}, sampled, sampled | every
-  return [DecodingOptions(max_new_tokens=2, **row) for row in rows]
+  return DecodingOptions(
+    max_new_tokens=2,
+    do_sample=True,
+    top_k=vocab_size - 1,
+    top_p=0.9,
+    min_p=0.1,
+    typical_p=0.9,
+    repetition_penalty=1.1,
+    frequency_penalty=0.1,
+    presence_penalty=0.1,
+    no_repeat_ngram_size=3,
+    min_new_tokens=2,
+    bad_words_ids=[[0] * _BAD_WORD_TOKENS + [token] for token in ids],
+    logit_bias=dict.fromkeys(range(min(MAX_BIASED_TOKENS, vocab_size)), 0.1),
+    suppress_tokens=ids,
+    begin_suppress_tokens=ids,
+    forced_bos_token_id=vocab_size - 1,
+    forced_eos_token_id=vocab_size - 1,
+    eos_token_id=ids,
+    top_logprobs=min(MAX_TOP_LOGPROBS, vocab_size),
+  )
