@@ -55,6 +55,7 @@ ODD_SHAPES = {
   "gpt2-without-biases": make_config(
     "gpt2", norm_bias=False, qkv_bias=False, attention_output_bias=False, mlp_bias=False
   ),
+  "gpt2-mup": make_config("gpt2", mup_base_dim=8, attention_scale="head_dim"),
   "gpt2-silu": make_config("gpt2", activation="silu", norm_epsilon=1e-3, tie_embeddings=False),
   "gpt3-wide-window": make_config("gpt3", window_size=99, num_layers=4),
   "gpt3-window-of-one": make_config("gpt3", window_size=1),

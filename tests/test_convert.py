@@ -105,7 +105,9 @@ def test_odd_shapes_compute_the_same_after_a_round_trip(tmp_path, name):
   tokens = np.arange(10, dtype=np.int32).reshape(2, 5) % config.vocab_size
   expected = reference_activations(params, config, tokens)["logits"]
   logits = reference_activations(found, found_config, tokens)["logits"]
-  np.testing.assert_allclose(logits, expected, rtol=1e-12, atol=1e-12)
+  # muP's scales go into parameters, which are float32.
+  tolerance = 1e-5 if config.mup_base_dim else 1e-12
+  np.testing.assert_allclose(logits, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_a_layout_taken_for_another_is_noticed(tmp_path):

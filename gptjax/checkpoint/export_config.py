@@ -33,6 +33,7 @@ _LEARNED = {
   "positions": "learned",
   "parallel_residual": False,
   "head_bias": False,
+  "mup_base_dim": None,
 }
 _ROTARY = {
   "norm_position": "pre",
@@ -40,6 +41,7 @@ _ROTARY = {
   "positions": "rotary",
   "attention_scale": "sqrt_head_dim",
   "scale_attention_by_layer": False,
+  "mup_base_dim": None,
 }
 _DEMANDS = {
   "gpt2": _LEARNED,
@@ -120,6 +122,8 @@ def _first_misfit(config: ModelConfig, model_type: str) -> str | None:
     demands["attention_output_bias"] = config.qkv_bias
   if model_type != "gpt_neo" and config.window_size < config.context_length:
     demands["attention_pattern"] = ("global",) * len(config.attention_pattern)
+  if config.attention_scale == "head_dim":
+    demands["attention_scale"] = "sqrt_head_dim"
   demands["attention_dim"] = config.model_dim
   for name, demanded in demands.items():
     if getattr(config, name) != demanded:

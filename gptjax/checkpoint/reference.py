@@ -58,7 +58,7 @@ def reference_activations(
   if config.final_norm:
     x_BLD = _layer_norm(decoder["final_norm"], x_BLD, config.norm_epsilon)
     activations["final_norm"] = x_BLD
-  return activations | {"logits": _logits(params, x_BLD, config)}
+  return activations | {"logits": _logits(params, x_BLD / config.width_multiplier, config)}
 
 
 def reference_loss(
@@ -112,7 +112,8 @@ def _attention(params, x, config: ModelConfig, index: int, places) -> Activation
   if config.positions == "rotary":
     query = found["rotated_query"] = _rotate(query, positions_BL, config)
     key = found["rotated_key"] = _rotate(key, positions_BL, config)
-  divisor = math.sqrt(config.head_width) if config.attention_scale == "sqrt_head_dim" else 1.0
+  K = config.head_width
+  divisor = {"sqrt_head_dim": math.sqrt(K), "one": 1.0, "head_dim": K}[config.attention_scale]
   if config.scale_attention_by_layer:
     divisor *= index + 1
   is_local = config.attention_pattern[index % len(config.attention_pattern)] == "local"

@@ -58,7 +58,8 @@ def linear(params: dict, x_TD: jax.Array) -> jax.Array:
 
 def attention_scale(config: ModelConfig, layer: Layer) -> float | jax.Array:
   """Returns what the scores of a layer are multiplied by."""
-  scale = 1 / math.sqrt(config.head_width) if config.attention_scale == "sqrt_head_dim" else 1.0
+  K = config.head_width
+  scale = {"sqrt_head_dim": 1 / math.sqrt(K), "one": 1.0, "head_dim": 1 / K}[config.attention_scale]
   return scale / (layer.index + 1) if config.scale_attention_by_layer else scale
 
 

@@ -32,13 +32,16 @@ class ModelConfig:
     norm_bias, qkv_bias, attention_output_bias, mlp_bias: biases of norms and projections.
     attention_pattern: kind of each layer, repeated over the depth: "global" or "local".
     window_size: a local layer attends to itself and the window_size - 1 tokens before.
-    attention_scale: divide scores by "sqrt_head_dim" or by "one" (GPT-Neo).
+    attention_scale: divide scores by "sqrt_head_dim", by "one" (GPT-Neo), or by "head_dim" (muP).
     scale_attention_by_layer: also divide the scores of layer i by i + 1 (mistral GPT-2).
     tie_embeddings: the head reuses the token embedding.
     head_bias: the untied head has a bias (GPT-J).
     embedding_dropout, attention_dropout, residual_dropout: rates in [0, 1).
     init_std: standard deviation of weights; position embeddings use position_init_std.
     residual_init_scale: multiply the std of residual projections by 1/sqrt(2 * num_layers).
+    mup_base_dim: parametrise for any width as the standard one of this model_dim, so that one
+      learning rate suits all widths (muP; see `width_multiplier`); None is standard. Where heads
+      widen with the model, set attention_scale to "head_dim".
     vocab_multiple: the embedding is padded to a multiple of this; padding is never predicted.
     compute_dtype: "float32" or "bfloat16" of activations and products; parameters stay float32.
     attention_implementation: "auto" (cuDNN on GPU, Pallas on TPU, XLA elsewhere), "xla",
@@ -81,6 +84,7 @@ class ModelConfig:
   init_std: float = 0.02
   position_init_std: float = 0.02
   residual_init_scale: bool = True
+  mup_base_dim: int | None = None
   vocab_multiple: int = 128
   compute_dtype: str = "float32"
   attention_implementation: str = "auto"
@@ -92,7 +96,8 @@ class ModelConfig:
     check_choice("model.norm_position", self.norm_position, ("pre", "post"))
     check_choice("model.positions", self.positions, ("learned", "rotary"))
     check_choice("model.rotary_style", self.rotary_style, ("interleaved", "halves"))
-    check_choice("model.attention_scale", self.attention_scale, ("sqrt_head_dim", "one"))
+    scales = ("sqrt_head_dim", "one", "head_dim")
+    check_choice("model.attention_scale", self.attention_scale, scales)
     check_choice("model.compute_dtype", self.compute_dtype, ("float32", "bfloat16"))
     check_choice("model.remat", self.remat, ("none", "dots", "full"))
     check_choice(
@@ -105,7 +110,7 @@ class ModelConfig:
     if not self.attention_pattern:
       raise ConfigError('model.attention_pattern is empty; it must name "global" or "local" layers')
     sizes = ("context_length", "num_layers", "model_dim", "num_heads", "window_size")
-    optional_sizes = ("vocab_size", "head_dim", "ffw_dim", "rotary_dim")
+    optional_sizes = ("vocab_size", "head_dim", "ffw_dim", "rotary_dim", "mup_base_dim")
     for key in (*sizes, *optional_sizes, "vocab_multiple"):
       if getattr(self, key) is not None and getattr(self, key) < 1:
         raise ConfigError(f"model.{key} is {getattr(self, key)}; it must be at least 1")
@@ -153,6 +158,16 @@ class ModelConfig:
   def ffw_width(self) -> int:
     """Width F of the MLP."""
     return self.ffw_dim or 4 * self.model_dim
+
+  @property
+  def width_multiplier(self) -> float:
+    """How much wider the model is than its base, 1 without one.
+
+    muP (Yang et al. 2022, "Tensor Programs V", table 8) divides by it the variance of hidden
+    matrices at the start, the states that heads read, and Adam's rate for hidden matrices. The
+    widths of all heads together and of the MLP are taken to grow with the model's.
+    """
+    return self.model_dim / self.mup_base_dim if self.mup_base_dim else 1.0
 
   @property
   def rotated_dim(self) -> int:

@@ -89,8 +89,10 @@ def embed(
 
 
 def final_norm(params: Any, x_TD: jax.Array, config: ModelConfig) -> jax.Array:
-  """Applies the norm after the last block, where the family has one."""
-  return layer_norm(params["final_norm"], x_TD, config.norm_epsilon) if config.final_norm else x_TD
+  """Returns what heads read: the stream after the last norm, where there is one, in muP's scale."""
+  if config.final_norm:
+    x_TD = layer_norm(params["final_norm"], x_TD, config.norm_epsilon)
+  return x_TD if config.mup_base_dim is None else x_TD / config.width_multiplier
 
 
 def row_mixer(batch: Batch, config: ModelConfig, key: jax.Array | None) -> Mixer:

@@ -60,9 +60,10 @@ class ParameterSpec:
 def decoder_specs(config: ModelConfig) -> dict[str, Any]:
   """Describes the decoder's parameters as nested dicts of ParameterSpec."""
   D, A, F, N = config.model_dim, config.attention_dim, config.ffw_width, config.num_layers
-  residual_std = config.init_std / (math.sqrt(2 * N) if config.residual_init_scale else 1)
+  hidden_std = config.init_std / math.sqrt(config.width_multiplier)
+  residual_std = hidden_std / (math.sqrt(2 * N) if config.residual_init_scale else 1)
 
-  def linear(dim_in, dim_out, bias, std=config.init_std):
+  def linear(dim_in, dim_out, bias, std=hidden_std):
     specs = {"kernel": ParameterSpec((N, dim_in, dim_out), std)}
     return specs | ({"bias": ParameterSpec((N, dim_out))} if bias else {})
 

@@ -104,6 +104,14 @@ PRESETS: dict[str, ModelConfig] = {
 }
 
 
+def mup(config: ModelConfig, base_dim: int) -> ModelConfig:
+  """Returns a config in muP: whatever its width, it trains best at the rates of model_dim base_dim.
+
+  At that width it differs from the standard one in the scale of attention alone.
+  """
+  return dataclasses.replace(config, mup_base_dim=base_dim, attention_scale="head_dim")
+
+
 def preset(name: str) -> ModelConfig:
   """Returns a published size. Raises ConfigError, with the nearest name, if there is none."""
   if name not in PRESETS:

@@ -268,6 +268,10 @@ class PretrainConfig(RunConfig):
 
   def __post_init__(self):
     self.check()
+    if self.model.mup_base_dim and self.optimizer.name == "gpt1_adam":
+      raise ConfigError(
+        'model.mup_base_dim needs optimizer.name "adamw" or "muon": muP has no rule for "gpt1_adam"'
+      )
     if self.eval.has_samples and self.model.context_length < 2:
       raise ConfigError(
         "model.context_length is 1, too short for samples; set eval.sample_tokens=0"

@@ -20,8 +20,9 @@ from gptjax.train.config import OptimizerConfig
 from gptjax.train.schedule import Durations, learning_rate_factor
 from gptjax.tree import PyTree, map_named
 
-# Hidden matrices, stacked [N, in, out]; embeddings, heads, norms and biases stay with AdamW.
-MUON_PATTERN = r"^decoder/layers/.*kernel$"
+# Hidden matrices, stacked [N, in, out]: Muon's, and those whose rate muP lowers with the width.
+# Embeddings, heads, norms and biases stay with AdamW, at rates that no width changes.
+HIDDEN_PATTERN = r"^decoder/layers/.*kernel$"
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
@@ -29,8 +30,8 @@ NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class Hyperparameters:
   """Traced float32 scalars of the optimiser, the schedule and the loss.
 
-  Attributes are those of OptimizerConfig (and TrainConfig.z_loss), durations in steps; and of
-  fine-tuning lm_coefficient, None elsewhere.
+  Attributes are those of OptimizerConfig (and TrainConfig.z_loss), durations in steps; of
+  fine-tuning lm_coefficient, None elsewhere; and ModelConfig.width_multiplier, None without muP.
   """
 
   learning_rate: jax.Array
@@ -48,6 +49,7 @@ class Hyperparameters:
   ema_decay: jax.Array
   z_loss: jax.Array
   lm_coefficient: jax.Array | None = None
+  width_multiplier: jax.Array | None = None
 
 
 def hyperparameters(
@@ -56,6 +58,7 @@ def hyperparameters(
   *,
   z_loss: float = 0.0,
   lm_coefficient: float | None = None,
+  width_multiplier: float | None = None,
 ) -> Hyperparameters:
   """Makes the traced scalars of a run from its config and `schedule.resolve_durations`."""
   return Hyperparameters(
@@ -74,6 +77,7 @@ def hyperparameters(
     ema_decay=jnp.float32(config.ema_decay),
     z_loss=jnp.float32(z_loss),
     lm_coefficient=None if lm_coefficient is None else jnp.float32(lm_coefficient),
+    width_multiplier=None if width_multiplier is None else jnp.float32(width_multiplier),
   )
 
 
@@ -116,8 +120,12 @@ def make_optimizer(
   if config.name == "gpt1_adam":
     adam = scale_by_gpt1_adam(hyper.beta1, hyper.beta2, hyper.epsilon, decay)
     return optax.chain(clip, adam, optax.scale_by_learning_rate(hyper.learning_rate * factor))
+  adam = optax.scale_by_adam(hyper.beta1, hyper.beta2, hyper.epsilon)
+  # Muon's updates are of one size at any width as they are (Bernstein and Newhouse 2024).
+  if hyper.width_multiplier is not None and config.name == "adamw":
+    adam = optax.chain(adam, _divide_hidden(hyper.width_multiplier))
   adamw = optax.chain(
-    optax.scale_by_adam(hyper.beta1, hyper.beta2, hyper.epsilon),
+    adam,
     decay,
     optax.scale_by_learning_rate(hyper.learning_rate * factor),
   )
@@ -133,7 +141,16 @@ def make_optimizer(
 
 def _rule_of_paths(params: PyTree) -> PyTree:
   """Labels each parameter with the rule that updates it."""
-  return map_named(lambda name, _: "muon" if re.search(MUON_PATTERN, name) else "adamw", params)
+  return map_named(lambda name, _: "muon" if re.search(HIDDEN_PATTERN, name) else "adamw", params)
+
+
+def _divide_hidden(width_multiplier: jax.Array) -> optax.GradientTransformation:
+  """Divides the updates of hidden matrices, and not their decay, as the mup package's MuAdamW."""
+
+  def divide(name, update):
+    return update / width_multiplier if re.search(HIDDEN_PATTERN, name) else update
+
+  return optax.stateless(lambda updates, params: map_named(divide, updates))
 
 
 def scale_by_gpt1_adam(

@@ -119,7 +119,12 @@ class Pretraining(TrainingRun):
     durations = resolve_durations(
       config.optimizer, self.num_steps, self.source.schedule.tokens_before
     )
-    return hyperparameters(config.optimizer, durations, z_loss=config.train.z_loss)
+    return hyperparameters(
+      config.optimizer,
+      durations,
+      z_loss=config.train.z_loss,
+      width_multiplier=config.model.width_multiplier if config.model.mup_base_dim else None,
+    )
 
   def init_params(self, key: jax.Array) -> Any:
     return init_parameters(self.config.model, key)
