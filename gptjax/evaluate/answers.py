@@ -14,12 +14,11 @@ from gptjax.data.task_format import Task
 from gptjax.errors import ConfigError
 from gptjax.evaluate.completions import complete, make_generator
 from gptjax.evaluate.scoring import Row, Scorer, continuation_row
-from gptjax.evaluate.task_metrics import task_metrics
 from gptjax.evaluate.templates import NORMALIZATIONS, Template
 from gptjax.evaluate.texts import encode, encode_pairs, start_ids
 from gptjax.generate.options import DecodingOptions
 
-# Thresholds that are tried, at equal shares of the training examples.
+# Thresholds that are tried: values of training examples, at equal shares of them.
 _THRESHOLDS = 200
 
 
@@ -111,9 +110,9 @@ class Judge:
     """Finds the threshold that is best on examples, by the first metric of the task."""
     means_N, _ = self._mean_logprobs([Question(example) for example in examples])
     labels_N = _labels(examples)
-    tried = np.unique(np.quantile(means_N, np.linspace(0, 1, _THRESHOLDS)))
+    tried = np.unique(np.quantile(means_N, np.linspace(0, 1, _THRESHOLDS), method="lower"))
     name = self._task.metrics[0]
-    found = [task_metrics(self._task, labels_N, means_N > value)[name] for value in tried]
+    found = [self._measure(labels_N, means_N > value)[name] for value in tried]
     self.threshold = float(tried[int(np.argmax(found))])
 
   def _choose(self, questions: Sequence[Question]) -> Answers:
@@ -127,7 +126,7 @@ class Judge:
       for normalization in NORMALIZATIONS
     }
     by_normalization = {
-      normalization: task_metrics(self._task, labels_N, decided_N)
+      normalization: self._measure(labels_N, decided_N)
       for normalization, decided_N in decided.items()
     }
     chosen = self._template.normalization
@@ -153,6 +152,12 @@ class Judge:
     numbers_C = np.array([float(number) for number in self._template.answers])
     return scipy.special.softmax(outputs_NC, axis=1) @ numbers_C
 
+  def _measure(self, labels_N: np.ndarray, decided_N: np.ndarray) -> dict[str, float]:
+    # Other evaluations need not wait for scikit-learn.
+    from gptjax.evaluate.task_metrics import task_metrics
+
+    return task_metrics(self._task, labels_N, decided_N)
+
   def _compare(self, questions: Sequence[Question]) -> Answers:
     means_N, rows = self._mean_logprobs(questions)
     labels_N = _labels([question.example for question in questions])
@@ -166,8 +171,7 @@ class Judge:
       }
       for question, decided, mean in zip(questions, decided_N, means_N)
     ]
-    metrics = task_metrics(self._task, labels_N, decided_N)
-    return Answers(metrics, {}, decided_N == labels_N, lines, *rows)
+    return Answers(self._measure(labels_N, decided_N), {}, decided_N == labels_N, lines, *rows)
 
   def _mean_logprobs(self, questions: Sequence[Question]) -> tuple[np.ndarray, tuple[int, int]]:
     pairs = [self._template.fill(question.example, None) for question in questions]

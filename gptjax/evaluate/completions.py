@@ -10,17 +10,20 @@ from gptjax.checkpoint.models import Loaded
 from gptjax.errors import ConfigError
 from gptjax.generate.generator import Generator, draw_seed
 from gptjax.generate.options import DecodingOptions, is_sampled
-from gptjax.parallel import make_parallel
 
 # Prompts of a batch where no batch size is given.
 BATCH_PROMPTS = 16
 
 
 def make_generator(model: Loaded) -> Generator:
-  """Makes what writes the texts of a model, wherever its parameters lie."""
-  parallel = make_parallel("pmap", devices=jax.local_devices())
+  """Makes what writes the texts of a model; of parameters on every device it uses one copy."""
+
+  def one_copy(leaf):
+    is_on_all = isinstance(leaf, jax.Array) and leaf.is_fully_replicated
+    return leaf.addressable_data(0) if is_on_all else leaf
+
   return Generator(
-    parallel.for_decoding(model.params),
+    jax.tree.map(one_copy, model.params),
     model.config,
     model.tokenizer,
     end_ids=model.token_ids["eos"],
