@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,7 +21,7 @@ from gptjax.errors import ConfigError
 from gptjax.evaluate.predictions import decide, describe_predictions
 from gptjax.evaluate.task_metrics import task_metrics
 from gptjax.model.lora import lora_specs, merge_lora
-from gptjax.model.parameters import init_specs, model_specs, task_head_specs
+from gptjax.model.parameters import ParameterSpec, model_specs, task_head_specs
 from gptjax.train.finetune_config import FinetuneConfig, ResolvedFinetuneConfig
 from gptjax.train.loop import Event
 from gptjax.train.optimizer import Hyperparameters, hyperparameters
@@ -277,12 +276,13 @@ class Finetuning(TrainingRun):
     num_tokens = sum(len(piece) for each in train.sequences for row in each for piece in row)
     return round(step * num_tokens / self._batches.batches_per_epoch)
 
-  def init_params(self, key: jax.Array) -> Any:
-    params = init_specs(param_specs(self.config), key)
+  def specs(self) -> Any:
+    specs = param_specs(self.config)
     if self.examples.task.target == "score":
       # The best guess without a look at the texts, from which 3 epochs at 6e-5 could not come far.
-      params["task_head"]["bias"] = jnp.full((1,), self.examples.train.labels_N.mean())
-    return params
+      mean = float(self.examples.train.labels_N.mean())
+      specs["task_head"]["bias"] = ParameterSpec((1,), mean=mean)
+    return specs
 
   def load_initial(self, params: Any) -> Any:
     if not self.config.finetune.pretrained:

@@ -159,7 +159,13 @@ def tiny_finetuning(family: str, examples: str) -> FinetuneConfig:
     examples: a file with the usual columns.
   """
   return FinetuneConfig(
-    data=TaskDataConfig(family=family, files=(examples,), valid_fraction=0.25, num_buckets=1),
+    data=TaskDataConfig(
+      family=family,
+      target="score" if family == "similarity" else "",
+      files=(examples,),
+      valid_fraction=0.25,
+      num_buckets=1,
+    ),
     optimizer=dataclasses.replace(GPT1_OPTIMIZER, learning_rate=1e-3),
     train=TrainConfig(num_epochs=2.0, batch_rows=8, log_every_steps=1),
     eval=EvalConfig(every_steps=0, batch_rows=8, sample_prompts=()),

@@ -20,7 +20,7 @@ from gptjax.config import to_json
 from gptjax.errors import ConfigError
 from gptjax.train.finetune import finetune
 from gptjax.train.finetune_config import FinetuneConfig
-from gptjax.train.setup import say
+from gptjax.train.setup import say, start_devices
 
 CONFIDENCE = 0.95
 
@@ -61,6 +61,7 @@ def finetune_variants(variants: Sequence[Variant], workdir: str) -> None:
   folders = [variant.folder for variant in variants]
   if len(set(folders)) < len(folders):
     raise ConfigError(f"variants have the folders {', '.join(folders)}; name them differently")
+  start_devices(variants[0].config)
   is_complete = True
   # All variants of a seed first, so that an early look compares like with like.
   for seed in sorted({seed for variant in variants for seed in variant.seeds}):
