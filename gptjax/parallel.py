@@ -197,15 +197,18 @@ class Parallel:
     # XLA aborts the process after 40 seconds. Accelerators keep dispatching ahead.
     self._blocks = self.num_devices > 1 and mesh.devices.flat[0].platform == "cpu"
 
-  def init_state(self, init_fn: Callable[[jax.Array], PyTree], key: jax.Array) -> PyTree:
-    """Computes `init_fn(key)` where it will live; no device ever holds more than its part."""
-    shardings = self._shardings(jax.eval_shape(init_fn, key))
-    with self._scope():
-      return jax.jit(init_fn, out_shardings=shardings)(key)
+  def init_state(self, init_fn: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
+    """Computes `init_fn(*arguments)` where it will live; no device ever holds more than its part.
 
-  def abstract_state(self, init_fn: Callable[[jax.Array], PyTree], key: jax.Array) -> PyTree:
+    The same function, called again for the same shapes, is not compiled again.
+    """
+    shardings = self._shardings(jax.eval_shape(init_fn, *arguments))
+    with self._scope():
+      return jax.jit(init_fn, out_shardings=shardings)(*arguments)
+
+  def abstract_state(self, init_fn: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
     """Describes what `for_saving` gives and `from_saved` takes: ShapeDtypeStructs, placed."""
-    shapes = jax.eval_shape(init_fn, key)
+    shapes = jax.eval_shape(init_fn, *arguments)
     return jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
       shapes,

@@ -142,9 +142,11 @@ def samples_of_values(space: Space) -> Iterator[tuple[str, Any, list[Setting]]]:
 
 
 def spell(value: Any) -> str:
-  """Writes a value as a reader of tables wants it: 0.003, 1e-05, adamw, [1, 2]."""
+  """Writes a value as a reader of tables wants it: 0.003, 1e-05, adamw, none, [1, 2]."""
   if isinstance(value, float):
     return f"{value:.4g}"
+  if value is None:
+    return "none"
   return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

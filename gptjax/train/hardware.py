@@ -4,6 +4,7 @@ Model FLOPs utilisation (MFU) = tokens per second * `flops_per_token` / `peak_fl
 """
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -126,6 +127,7 @@ def peak_flops_per_second(
   return Peak(None, f'unknown device "{kind}"; set train.peak_flops_per_second to see the MFU')
 
 
+@functools.cache
 def measure_matmul_roof(compute_dtype: str = "float32") -> float:
   """Measures the fastest square matrix product of this host, in FLOP/s.
 

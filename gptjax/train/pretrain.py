@@ -6,14 +6,12 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
-
 from gptjax import config as config_lib
 from gptjax.batch import Batch
 from gptjax.checkpoint.run_directory import RunDirectory
 from gptjax.data.batches import BatchSource, valid_batches
 from gptjax.data.prepare import PreparedData, prepare_data
-from gptjax.model.parameters import init_parameters
+from gptjax.model.parameters import model_specs
 from gptjax.train.config import PretrainConfig
 from gptjax.train.initial import check_init_from, load_initial
 from gptjax.train.loop import Event, bits_per_byte
@@ -126,8 +124,8 @@ class Pretraining(TrainingRun):
       width_multiplier=config.model.width_multiplier if config.model.mup_base_dim else None,
     )
 
-  def init_params(self, key: jax.Array) -> Any:
-    return init_parameters(self.config.model, key)
+  def specs(self) -> Any:
+    return model_specs(self.config.model)
 
   def load_initial(self, params: Any) -> Any:
     del params

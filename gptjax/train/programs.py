@@ -6,11 +6,24 @@ are kept by what is static: the devices, the objective, the optimiser without it
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
+import jax
+
+from gptjax.model.parameters import init_specs
 from gptjax.parallel import Parallel, Program
 from gptjax.train.config import OptimizerConfig
 from gptjax.train.optimizer import Hyperparameters
-from gptjax.train.step import Objective, find_not_finite, make_eval_step, make_train_step
+from gptjax.train.step import (
+  Objective,
+  find_not_finite,
+  init_state,
+  make_eval_step,
+  make_train_step,
+)
+
+PyTree = Any
 
 KEPT_PROGRAMS = 32  # of each kind; a sweep over architectures must not fill the memory
 
@@ -71,6 +84,27 @@ def _train_program(parallel, objective, optimizer, skip_nonfinite, spike_sigmas)
     return step(state, batch, axis_name=axis_name)
 
   return parallel.compile_step(counted_step)
+
+
+def make_init(specs: PyTree, optimizer: OptimizerConfig) -> Callable:
+  """Returns `init(hyper, key) -> TrainState`, the same function for equal specs.
+
+  Args:
+    specs: of the parameters.
+    optimizer: what it traces does not matter.
+  """
+  leaves, structure = jax.tree.flatten(specs)
+  return _make_init(tuple(leaves), structure, static_optimizer(optimizer))
+
+
+@_shared
+def _make_init(specs, structure, optimizer) -> Callable:
+  def init(hyper, key):
+    init_key, run_key = jax.random.split(key)
+    params = init_specs(jax.tree.unflatten(structure, specs), init_key)
+    return init_state(params, optimizer, hyper, run_key)
+
+  return init
 
 
 @_shared

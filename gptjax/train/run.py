@@ -26,9 +26,9 @@ from gptjax.train.loop import Event, Line, Loop, stop_signals
 from gptjax.train.metrics import MetricsWriter, make_trackers
 from gptjax.train.optimizer import Hyperparameters
 from gptjax.train.profile import Profiler
-from gptjax.train.programs import not_finite_program, train_program
+from gptjax.train.programs import make_init, not_finite_program, train_program
 from gptjax.train.setup import ending_together, sample_prompt_ids, say
-from gptjax.train.step import Objective, TrainState, describe_not_finite, init_state
+from gptjax.train.step import Objective, TrainState, describe_not_finite
 
 PyTree = Any
 # Told (step, line of metrics) after each evaluation; True saves and ends the run.
@@ -72,8 +72,8 @@ class TrainingRun:
     """Returns the traced scalars of the run."""
     raise NotImplementedError
 
-  def init_params(self, key: jax.Array) -> PyTree:
-    """Draws the parameters; compiled."""
+  def specs(self) -> PyTree:
+    """Describes the parameters, in ParameterSpecs."""
     raise NotImplementedError
 
   def load_initial(self, params: PyTree) -> PyTree:
@@ -208,13 +208,12 @@ class TrainingRun:
 
   def abstract_state(self) -> PyTree:
     """Describes the state of the run, for restoring it."""
-    return self.parallel.abstract_state(self._init, jax.random.key(self.config.seed))
+    return self.parallel.abstract_state(*self._init())
 
-  def _init(self, key: jax.Array) -> TrainState:
-    init_key, run_key = jax.random.split(key)
-    return init_state(
-      self.init_params(init_key), self.config.optimizer, self.hyperparameters(), run_key
-    )
+  def _init(self) -> tuple[Any, ...]:
+    """Returns a function that makes the first state, and its arguments."""
+    key = jax.random.key(self.config.seed)
+    return make_init(self.specs(), self.config.optimizer), self.hyperparameters(), key
 
   def _first_state(self) -> tuple[TrainState, int]:
     """Goes on from the newest whole checkpoint, or starts from init_from or from scratch."""
@@ -227,7 +226,7 @@ class TrainingRun:
         self.seconds_before = max((line["seconds"] for line in self.run.read_metrics()), default=0)
       say(f"resuming after step {restored.step}")
       return self.parallel.from_saved(restored.state), restored.step
-    state = self.parallel.init_state(self._init, jax.random.key(self.config.seed))
+    state = self.parallel.init_state(*self._init())
     if self.config.init_from:
       with ending_together(self.parallel):
         params = self.load_initial(state.params)
