@@ -78,7 +78,9 @@ class Server:
     environment = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
     command = [sys.executable, "-m", "gptjax", "serve", "--model", folder]
     command += ["--port", str(self.port), "--num-slots", str(num_slots)]
-    self._process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    self._log = Path(folder, "serve.log")
+    with self._log.open("w") as log:
+      self._process = subprocess.Popen(command, env=environment, stderr=log)
 
   def __enter__(self) -> "Server":
     deadline = time.monotonic() + _START_SECONDS
@@ -89,7 +91,7 @@ class Server:
       except (OSError, urllib.error.HTTPError):
         time.sleep(0.2)
     self.__exit__()
-    raise RuntimeError("the server did not start")
+    raise RuntimeError(f"the server did not start: {self._log.read_text()[-500:]}")
 
   def __exit__(self, *_: object) -> None:
     self._process.terminate()
@@ -103,7 +105,7 @@ class Server:
 
 
 def make_requests(count: int, longest: int) -> list[dict]:
-  """Draws requests: prompts of 4 to 32 characters, and new ones from a quarter of `longest` to it."""
+  """Draws requests: prompts of 4 to 32 characters, and texts of a quarter of `longest`, or more."""
   rng = random.Random(0)
   return [
     {

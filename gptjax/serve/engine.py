@@ -105,12 +105,14 @@ class Call:
       while True:
         await self._has_news.wait()
         self._has_news.clear()
-        events, self._events = self._events, []
+        # More may come while the reader is busy with these.
+        events, error, is_done = self._events, self._error, self._is_done
+        self._events = []
         if events:
           yield events
-        if self._error is not None:
-          raise self._error
-        if self._is_done:
+        if error is not None:
+          raise error
+        if is_done:
           return
     finally:
       self.is_cancelled = True
