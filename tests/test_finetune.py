@@ -38,6 +38,14 @@ def sentences(words, label):
   return [f"the {thing} was {w}\t{label}" for w in words for thing in ("tea", "room", "day")]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_cache():
+  """Nothing is left in the user's cache of programs."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("GPTJAX_CACHE", "off")
+    yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp("finetune")
@@ -202,6 +210,9 @@ REFUSED = {
   "tokens": (["train.num_steps=None", "train.num_tokens=100"], "train.num_tokens"),
   "z-loss": (["train.z_loss=0.1"], "train.z_loss"),
   "no length": (["train.num_steps=None"], "num_epochs"),
+  "patience without checkpoints": (
+    ["finetune.patience=2", "train.save_every_steps=6"], "train.save_every_steps"
+  ),
   "longer than the context": (["data.max_length=64"], "data.max_length"),
   "an unknown mark": (["data.extract_token=<end>"], "<end>"),
   "dropout": (["model.residual_dropout=1.5"], "model.residual_dropout"),

@@ -137,6 +137,12 @@ class FinetuneConfig(RunConfig):
     self.check()
     if self.num_seeds < 1:
       raise ConfigError(f"num_seeds is {self.num_seeds}; it must be at least 1")
+    every, saved = self.eval.every_steps, self.save_every_steps
+    if self.finetune.patience and (not every or every % saved):
+      raise ConfigError(
+        f"finetune.patience needs a checkpoint at each evaluation, and eval.every_steps is {every},"
+        f" train.save_every_steps {saved}; leave the latter unset, and evaluate regularly"
+      )
     for key, unset in NOT_FOR_TASKS.items():
       if (value := getattr(self.train, key)) != unset:
         raise ConfigError(
