@@ -19,7 +19,7 @@ from gptjax.model.config import ModelConfig
 from gptjax.model.decoder import hidden_states
 from gptjax.model.heads import lm_logits
 from gptjax.model.parameters import init_parameters
-from gptjax.train.variants import compare, half_width, summarize
+from gptjax.train.variants import compare, summarize
 from gptjax.tree import named_leaves
 
 NUM_STEPS = 8
@@ -366,4 +366,5 @@ def test_means_deviations_and_paired_differences():
   assert difference["accuracy"]["half_width"] == pytest.approx(
     4.3027 * 0.0577350 / 3**0.5, rel=1e-4
   )
-  assert half_width([1.0]) is None
+  one = {"accuracy": {1: 0.5}}
+  assert compare(one, theirs)["accuracy"] == {"mean": pytest.approx(-0.1), "half_width": None}

@@ -3,7 +3,10 @@
 import math
 
 import numpy as np
+from scipy import stats
 
+# Of intervals.
+CONFIDENCE = 0.95
 # With fewer documents than this, errors are estimated from windows.
 FEWEST_DOCUMENTS = 30
 
@@ -38,3 +41,11 @@ def standard_error(sums: np.ndarray, weights: np.ndarray, units: np.ndarray) -> 
 def error_of_mean(values: np.ndarray) -> float | None:
   """Returns the standard error of the mean of independent values; None for a single one."""
   return standard_error(values, np.ones(len(values)), np.arange(len(values)))
+
+
+def half_width(values: np.ndarray) -> float | None:
+  """Returns half of the 95 % interval (Student) of the mean of independent values; None for one."""
+  error = error_of_mean(np.asarray(values))
+  return (
+    None if error is None else float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
+  )

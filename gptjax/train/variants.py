@@ -11,18 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from etils import epath
-from scipy import stats
 
 from gptjax import report
 from gptjax.chart import Series, line_chart
 from gptjax.checkpoint.run_directory import RunDirectory, write_whole
 from gptjax.config import to_json
 from gptjax.errors import ConfigError
+from gptjax.evaluate.statistics import half_width
 from gptjax.train.finetune import finetune
 from gptjax.train.finetune_config import FinetuneConfig
 from gptjax.train.setup import say, start_devices
-
-CONFIDENCE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,15 +126,6 @@ def compare(
     if values:
       compared[metric] = {"mean": statistics.mean(values), "half_width": half_width(values)}
   return compared
-
-
-def half_width(values: Sequence[float]) -> float | None:
-  """Returns half of the 95 % interval of a mean, or None for fewer than two values."""
-  count = len(values)
-  if count < 2:
-    return None
-  quantile = stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)
-  return float(quantile) * statistics.stdev(values) / count**0.5
 
 
 def _page(
