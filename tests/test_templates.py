@@ -156,6 +156,7 @@ def test_a_blank_parts_the_text():
     ('prompt = "a"\n[answers]\na = "b"\n[data]\nadapter = "stsb"', "named by numbers"),
     ('prompt = "a"\n[data]\nadapter = "sst2"', 'no word for the label "negative"'),
     ('prompt = "a"\nstop = ["."]\n' + CHOICE, "stop is ('.',), which has no effect"),
+    ('prompt = "a"\nnum_beams = 0\ndecide = "completion"\n' + LABELS, "num_beams is 0"),
     ('prompt = "{answer}"\ndecide = "completion"\n' + LABELS, "prompt holds {answer}"),
     ('prompt = ""\ndecide = "threshold"\n' + CHOICE, "tells two labels apart"),
     ('prompt = "a"\nanswer = ""\n' + CHOICE, 'answer is ""'),

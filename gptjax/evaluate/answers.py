@@ -16,7 +16,6 @@ from gptjax.evaluate.completions import complete, make_generator
 from gptjax.evaluate.scoring import Row, Scorer, continuation_row
 from gptjax.evaluate.templates import NORMALIZATIONS, Template
 from gptjax.evaluate.texts import encode, encode_pairs, start_ids
-from gptjax.generate.options import DecodingOptions
 
 # Thresholds that are tried: values of training examples, at equal shares of them.
 _THRESHOLDS = 200
@@ -181,9 +180,7 @@ class Judge:
   def _complete(self, questions: Sequence[Question]) -> Answers:
     pairs = [self._right_pair(question) for question in questions]
     prompts = encode([prompt for prompt, _ in pairs], self._model)
-    options = DecodingOptions(
-      max_new_tokens=self._template.max_new_tokens, stop=self._template.stop
-    )
+    options = self._template.decoding_options()
     room = self._model.config.context_length - options.max_new_tokens
     prompts = [[*self._start, *prompt] for prompt in prompts]
     with show_progress("completing", len(prompts), "prompts") as advance:

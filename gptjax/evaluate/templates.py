@@ -27,6 +27,7 @@ from gptjax.data.examples import Example
 from gptjax.data.task_config import TaskDataConfig
 from gptjax.data.task_format import TaskFormat
 from gptjax.errors import ConfigError, UserError, check_choice, did_you_mean
+from gptjax.generate.options import DecodingOptions
 
 READY = Path(__file__).parent / "prompts"
 DECISIONS = ("likeliest", "threshold", "completion")
@@ -42,7 +43,7 @@ _FIELD = re.compile(r"\{\{|\}\}|\{([^{}|]*)(?:\|([^{}|]*))?\}|[{}]")
 _DETAILS = {
   "likeliest": ("normalization", "unconditional_prompt"),
   "threshold": ("threshold",),
-  "completion": ("stop", "max_new_tokens"),
+  "completion": ("stop", "max_new_tokens", "num_beams", "length_penalty"),
 }
 
 
@@ -61,14 +62,14 @@ class Template:
     separator: between instructions, shots and the prompt.
     decide: "likeliest" (of the answers), "threshold" (the second of two labels where the mean
       log-likelihood of a token of the answer is larger than a threshold), or "completion" (what
-      greedy search writes, to be equal to the answer).
+      the model writes, to be equal to the answer but for white space around).
     normalization: what a log-likelihood is divided by before answers are compared: "none"; the
       number of its "token"s, "byte"s or "character"s; or, "unconditional", the likelihood of the
       answer after unconditional_prompt. Brown et al. 2020, section 2.4.
     unconditional_prompt: see normalization.
     threshold: None is the one that is best on training examples.
     stop: texts that end a completion.
-    max_new_tokens: of a completion.
+    max_new_tokens, num_beams, length_penalty: of a completion, as in `DecodingOptions`.
 
   Raises:
     ConfigError: a name that is no column, labels without word, or a key without effect.
@@ -87,6 +88,8 @@ class Template:
   threshold: float | None = None
   stop: tuple[str, ...] = ("\n",)
   max_new_tokens: int = 32
+  num_beams: int = 1
+  length_penalty: float = 1.0
 
   def __post_init__(self):
     check_choice("decide", self.decide, DECISIONS)
@@ -99,8 +102,12 @@ class Template:
       raise ConfigError('answer is ""; it is the text that is scored, such as " {answer}"')
     if not self.unconditional_prompt:
       raise ConfigError('unconditional_prompt is ""; an answer needs some text before it')
-    if self.max_new_tokens < 1:
-      raise ConfigError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+    self.decoding_options()
+
+  def decoding_options(self) -> DecodingOptions:
+    """Returns how a completion is written. Raises ConfigError for a value that is none."""
+    names = ("max_new_tokens", "stop", "num_beams", "length_penalty")
+    return DecodingOptions(**{name: getattr(self, name) for name in names})
 
   @property
   def names(self) -> tuple[str, ...]:
