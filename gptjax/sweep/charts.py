@@ -15,7 +15,8 @@ from gptjax.sweep.space import spell
 WIDTH, HEIGHT = 1080, 340
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 90, 34, 30
 _WORST, _BEST = (196, 200, 206), (36, 99, 201)  # RGB; lines go from grey to blue
-_LOG_RATIO = 20  # positive values that differ more are spread by their logarithm
+_HALO = "paint-order:stroke;stroke:var(--card);stroke-width:5px"  # words over lines
+_LOG_RATIO = 10  # positive values that differ as much are spread by their logarithm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _fit(column: Column) -> _Numbers | _Names:
     low, high = min(present), max(present)
     is_log = column.is_log
     if is_log is None:
-      is_log = low > 0 and high / low > _LOG_RATIO
+      is_log = low > 0 and high / low >= _LOG_RATIO
     return _Numbers(Axis.fit(low, high, start, end, is_log=is_log))
   names = list(dict.fromkeys(spell(value) for value in present))
   gap = (start - end) / (len(names) + 1)
@@ -118,7 +119,7 @@ def _fit(column: Column) -> _Numbers | _Names:
 
 def _draw_axis(name: str, x: float, ticks: Sequence[tuple[str, float]]) -> str:
   words = "".join(
-    f'<text class="y" x="{x - 7:.1f}" y="{y + 4:.1f}">{html.escape(word)}</text>'
+    f'<text class="y" x="{x - 7:.1f}" y="{y + 4:.1f}" style="{_HALO}">{html.escape(word)}</text>'
     for word, y in ticks
   )
   return (

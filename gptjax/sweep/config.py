@@ -5,7 +5,7 @@ Imports neither jax nor Optuna.
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gptjax.config import (
@@ -24,7 +24,7 @@ from gptjax.sweep.space import (
   Space,
   grid,
   parse_space,
-  samples_of_values,
+  settings_with_each_value,
   spell_setting,
 )
 from gptjax.train.config import PretrainConfig, RunConfig
@@ -234,22 +234,22 @@ def _check_settings(plan: Plan) -> None:
   """Raises ConfigError for a setting, or a value of a space, that the experiment refuses."""
   if plan.settings is not None:
     for number, setting in enumerate(plan.settings):
-      _check_refused(plan, [setting], f"setting {number} ({spell_setting(setting)})")
+      _check_one(plan, [setting], f"setting {number} ({spell_setting(setting)})")
     return
-  for key, value, settings in samples_of_values(plan.space):
-    _check_refused(plan, settings, f'the value {value!r} of "{key}"')
+  for key, value, settings in settings_with_each_value(plan.space):
+    _check_one(plan, settings, f'the value {value!r} of "{key}"')
 
 
-def _check_refused(plan: Plan, settings: list[Setting], what: str) -> None:
-  """Raises ConfigError if none of the settings makes a config."""
-  errors = []
+def _check_one(plan: Plan, settings: Iterable[Setting], what: str) -> None:
+  """Raises ConfigError if none of the settings makes a config; the message is that of the first."""
+  first_error = None
   for setting in settings:
     try:
       plan.config(setting, plan.seed(0))
       return
     except ConfigError as error:
-      errors.append(error)
-  raise ConfigError(f"{what} is refused: {errors[-1]}") from errors[-1]
+      first_error = first_error or error
+  raise ConfigError(f"{what} is refused: {first_error}") from first_error
 
 
 def _num_trials(plan: Plan) -> int:

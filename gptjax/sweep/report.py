@@ -53,7 +53,8 @@ def best_experiment(plan: Plan, best: Group, study: Study) -> str:
   name = type(config).__name__
   verb = "pretrain" if isinstance(config, PretrainConfig) else "finetune"
   path = study.workdir / BEST_NAME
-  return f'''"""The best of a sweep: {plan.sweep.objective} {spell(best.mean)}, {len(best.values)} run(s).
+  found = f"{plan.sweep.objective} {spell(best.mean)}, mean of {len(best.values)} run(s)"
+  return f'''"""The best of a sweep: {found}.
 
 Source: {plan.spec}, with {spell_setting(best.setting)}
 Command: gptjax {verb} --config {path} --workdir DIR
@@ -93,7 +94,7 @@ def sweep_report(
     note = "Shares of what decided whether a trial is among the best (PED-ANOVA)."
     shares = {short_names(plan.space)[key]: share for key, share in importances.items()}
     sections.append(report.section("Which key mattered", report.text(note), bars("", shares)))
-  sections.append(report.section("Curves", _curves(plan, study, groups)))
+  sections.append(report.section("Curves", report.grid(_curves(plan, study, groups))))
   sections.append(report.section("Settings", _settings_table(plan, groups)))
   sections.append(report.section("Trials", _trials_table(plan, study, records)))
   sections.append(report.section("Processes", _processes_table(records, study.compilations())))

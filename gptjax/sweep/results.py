@@ -1,4 +1,4 @@
-"""What a sweep found: settings by their mean over seeds, with intervals, and which differ at all."""
+"""What a sweep found: settings by their mean over seeds, and which of them differ at all."""
 
 import dataclasses
 import json

@@ -18,6 +18,7 @@ from gptjax.errors import ConfigError, did_you_mean
 
 Setting = dict[str, Any]  # {dotted config key: value}
 
+MOST_COMBINATIONS = 64  # tried before a value counts as refused
 _DOMAIN_KEYS = ("choices", "low", "high", "log", "step", "when")
 
 
@@ -100,18 +101,7 @@ def parse_space(written: Mapping[str, Any], config_class: type) -> Space:
 
 def grid(space: Space) -> list[Setting]:
   """Lists every setting of a space once."""
-  settings: list[Setting] = [{}]
-  for key, domain in space.items():
-    settings = [
-      more
-      for setting in settings
-      for more in (
-        [setting | {key: value} for value in domain.values(key)]
-        if domain.is_active(setting)
-        else [setting]
-      )
-    ]
-  return settings
+  return [*_combine({key: (domain, domain.values(key)) for key, domain in space.items()})]
 
 
 def product(choices: Mapping[str, Sequence[Any]]) -> list[Setting]:
@@ -121,24 +111,36 @@ def product(choices: Mapping[str, Sequence[Any]]) -> list[Setting]:
   ]
 
 
-def samples_of_values(space: Space) -> Iterator[tuple[str, Any, list[Setting]]]:
-  """Yields (key, value, settings with it): what shows whether the value is in the key's domain.
+def settings_with_each_value(space: Space) -> Iterator[tuple[str, Any, Iterator[Setting]]]:
+  """Yields (key, value, settings with it): what shows whether a value is in its key's domain.
 
-  The first setting has the value alone, with what its conditions need; the second also the first
-  values of the other keys.
+  Values are choices and ends of ranges. The first setting has the value alone, with what its
+  conditions need; the others combine it with values of the other keys.
   """
-  firsts: Setting = {}
   for key, domain in space.items():
-    if domain.is_active(firsts):
-      firsts[key] = domain.extremes()[0]
-  for key, domain in space.items():
-    needed = _needed(space, key)
     for value in domain.extremes():
-      alone = needed | {key: value}
-      others = {
-        other: first for other, first in firsts.items() if space[other].is_active(firsts | alone)
+      alone = _needed(space, key) | {key: value}
+      values = {
+        other: (another, (alone[other],) if other in alone else another.extremes())
+        for other, another in space.items()
       }
-      yield key, value, [alone, others | alone]
+      combined = itertools.islice(_combine(values), MOST_COMBINATIONS)
+      yield key, value, itertools.chain([alone], (s for s in combined if key in s))
+
+
+def _combine(
+  values: Mapping[str, tuple[Domain, Sequence[Any]]], setting: Setting | None = None
+) -> Iterator[Setting]:
+  """Yields all combinations of values, each key where its conditions hold."""
+  setting = setting or {}
+  if not values:
+    yield setting
+    return
+  (key, (domain, choices)), *rest = values.items()
+  for extended in (
+    ({**setting, key: value} for value in choices) if domain.is_active(setting) else (setting,)
+  ):
+    yield from _combine(dict(rest), extended)
 
 
 def spell(value: Any) -> str:
