@@ -13,6 +13,7 @@ from gptjax.errors import DataError
 from gptjax.generate.generator import Generator
 from gptjax.generate.options import DecodingOptions
 from gptjax.serve import editor
+from gptjax.serve.editor_text import make_prompt
 from gptjax.serve.failures import add_handlers
 from gptjax.serve.served import Served
 
@@ -99,25 +100,38 @@ def test_two_sessions_do_not_mix(client):
   assert alone[0] != alone[1]
 
 
-def test_sessions_are_bounded_in_number_and_time(generator):
+def test_sessions_are_bounded_in_number_size_and_time(generator, monkeypatch):
   now = 0.0
   sessions = editor.Sessions(generator, clock=lambda: now)
-  kept = {i: sessions.get(f"session-{i}") for i in range(editor.MAX_SESSIONS)}
-  assert sessions.get("session-0") is kept[0]
-  sessions.get("another")
+
+  def get(name):
+    return sessions.use(name, lambda tab: tab)
+
+  kept = [get(str(i)) for i in range(editor.MAX_SESSIONS)]
+  assert get("0") is kept[0]
+  get("another")
   assert len(sessions) == editor.MAX_SESSIONS
   # The longest unused went, and that is not the first.
-  assert sessions.get("session-0") is kept[0]
-  assert sessions.get("session-1") is not kept[1]
+  assert get("0") is kept[0]
+  assert get("1") is not kept[1]
   now = editor.SESSION_SECONDS - 1
-  assert sessions.get("session-0") is kept[0]
+  assert get("0") is kept[0]
   now += 2
-  sessions.get("session-0")
+  sessions.sweep()
   assert len(sessions) == 1
+  sessions.use("large", lambda tab: tab.open([1, 2]))
+  assert len(sessions) == 2
+  monkeypatch.setattr(editor, "MAX_BYTES", get("large").num_bytes)
+  sessions.use("0", lambda tab: tab.open([1, 2]))
+  assert len(sessions) == 1
+  # One that failed may be anything.
+  with pytest.raises(ZeroDivisionError):
+    sessions.use("0", lambda tab: 1 / 0)
+  assert len(sessions) == 0
 
 
 def test_a_space_before_the_cursor_belongs_to_the_next_token(client, generator):
-  prompt = editor.make_prompt("and the ", generator)
+  prompt = make_prompt("and the ", generator)
   assert prompt.ids == generator.tokenizer.encode("and the")
   assert prompt.has_space
   names = [generator.tokenizer.backend.id_to_token(i) for i in np.flatnonzero(prompt.only_V)]
@@ -130,32 +144,32 @@ def test_a_space_before_the_cursor_belongs_to_the_next_token(client, generator):
   texts = ["".join(one["pieces"]) for one in found]
   firsts = [generator.tokenizer.encode(" " + text)[0] for text in texts if text.strip()]
   assert firsts and all(prompt.only_V[first] for first in firsts)
-  assert not editor.make_prompt("and the", generator).has_space
+  assert not make_prompt("and the", generator).has_space
 
 
 def test_letters_have_no_space_before_words(generator):
   tokenizer = make_char_tokenizer(["abc xyz"])
   config = make_config("gpt2", vocab_size=tokenizer.vocab_size)
   letters = Generator(make_params(config), config, tokenizer)
-  prompt = editor.make_prompt("abc ", letters)
+  prompt = make_prompt("abc ", letters)
   assert (prompt.ids, prompt.has_space) == (tokenizer.encode("abc "), False)
   with pytest.raises(DataError, match="write a few words"):
-    editor.make_prompt("", letters)
+    make_prompt("", letters)
   with pytest.raises(DataError, match="no tokenizer"):
-    editor.make_prompt("abc", Generator(make_params(config), config))
+    make_prompt("abc", Generator(make_params(config), config))
   # A document begins after an end token, where there is one.
-  assert editor.make_prompt("", generator).ids == [generator.tokenizer.end_id]
+  assert make_prompt("", generator).ids == [generator.tokenizer.end_id]
 
 
 def test_a_long_text_is_cut_for_a_while(generator, client):
   long = TEXT * 3
-  start = editor.make_prompt(long, generator).start
+  start = make_prompt(long, generator).start
   assert start > 0
   kept = long[start:]
   room = CONTEXT - len(generator.tokenizer.encode(kept))
   assert CONTEXT // 4 <= room < CONTEXT // 2
   # What was kept is kept until it, too, outgrows the context.
-  assert editor.make_prompt(kept + " the", generator).start == 0
+  assert make_prompt(kept + " the", generator).start == 0
   answer = ask(client, "read", long)
   # Of the fox, a browser counts two.
   assert answer["left_out"] == start + long[:start].count("🦊") > start

@@ -1,127 +1,22 @@
-"""The editor's page in a real browser: keys, lists, colours, documents, and who may be asked."""
+"""The editor's page in a real browser: keys, lists, colours, documents, errors, other browsers."""
 
-import contextlib
-import functools
-import shutil
-import threading
-import time
-
+import editor_browser
 import pytest
-import uvicorn
-from families import make_config, make_params
-
-from gptjax.data.tokenizer import train_bpe
-from gptjax.generate.generator import Generator
-from gptjax.serve import editor
-from gptjax.serve.app import make_app
-from gptjax.serve.engine import Engine, Limits
-from gptjax.serve.served import Served
-
-CHROMIUM = shutil.which("chromium")
-FLAGS = [
-  "--no-sandbox",
-  "--disable-gpu",
-  "--disable-quic",
-  "--no-first-run",
-  "--disable-background-networking",
-  "--disable-component-update",
-  "--disable-sync",
-]
-SENTENCE = (
-  "The king and the queen, the kind and the quick; the keen and the quiet. 日本の猫、고양이、中文。"
+from editor_browser import (
+  NEEDS_BROWSER,
+  SENTENCE,
+  ask_server,
+  chosen,
+  expect,
+  open_panel,
+  press_tab,
+  text,
+  visit,
+  write,
 )
-START_SECONDS, WAIT_MS = 240, 30_000
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-expect = playwright.expect
-pytestmark = [
-  pytest.mark.slow,
-  pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium; apt-get install chromium"),
-  # Starting the server compiles all that it needs.
-  pytest.mark.timeout(600),
-]
-
-
-@pytest.fixture(scope="module")
-def server():
-  """Serves a tiny model; its address."""
-  tokenizer = train_bpe([SENTENCE * 4], 320)
-  config = make_config("gpt2", context_length=96, vocab_size=tokenizer.vocab_size)
-  generator = Generator(make_params(config), config, tokenizer, end_ids=(tokenizer.end_id,))
-  warm_up = functools.partial(editor.warm_up, generator)
-  engine = Engine(generator, "tiny", Limits(num_slots=2), warm_up, report=lambda line: None)
-  running = uvicorn.Server(uvicorn.Config(make_app(Served(engine)), port=0, log_level="error"))
-  thread = threading.Thread(target=running.run, daemon=True)
-  thread.start()
-  deadline = time.monotonic() + START_SECONDS
-  while not engine.is_ready:
-    assert engine.status == "starting" and time.monotonic() < deadline
-    time.sleep(0.1)
-  yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}"
-  running.should_exit = True
-  thread.join()
-
-
-@pytest.fixture(scope="module")
-def chromium():
-  with playwright.sync_playwright() as driver:
-    browser = driver.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-    yield browser
-    browser.close()
-
-
-@contextlib.contextmanager
-def visit(chromium, server, **options):
-  """Opens the page as somebody who was never there; what goes wrong on it is an error here."""
-  context = chromium.new_context(**options)
-  context.set_default_timeout(WAIT_MS)
-  page, wrong = context.new_page(), []
-  page.on("pageerror", lambda error: wrong.append(str(error)))
-  page.on(
-    "request",
-    lambda request: request.url.startswith((server, "blob:")) or wrong.append(request.url),
-  )
-  page.goto(server)
-  expect(page.locator("#model")).to_contain_text("tiny")
-  yield page
-  context.close()
-  assert wrong == []
-
-
-@pytest.fixture
-def page(chromium, server):
-  with visit(chromium, server) as page:
-    yield page
-
-
-def text(page):
-  return page.locator("#text").input_value()
-
-
-def write(page, words):
-  page.locator("#text").focus()
-  page.keyboard.insert_text(words)
-
-
-def press_tab(page):
-  """Presses TAB and returns the continuations, once they are there."""
-  with page.expect_response("**/editor/continuations") as response:
-    page.keyboard.press("Tab")
-  found = response.value.json()["choices"]
-  expect(page.locator("#choices [role=option]")).to_have_count(len(found))
-  return ["".join(one["pieces"]) for one in found]
-
-
-def ask_server(page, server, what, words, session, **more):
-  answer = page.request.post(
-    f"{server}/editor/{what}", data={"session": session, "text": words} | more
-  )
-  assert answer.ok, answer.text()
-  return answer.json()
-
-
-def chosen(page):
-  return page.locator("#choices [aria-selected=true]")
+pytestmark = NEEDS_BROWSER
+server, chromium, page = editor_browser.server, editor_browser.chromium, editor_browser.page
 
 
 def test_tab_opens_lengthens_chooses_and_takes(page, server):
@@ -247,12 +142,6 @@ def test_an_input_method_has_its_keys_to_itself(page, typed, meant):
   found = press_tab(page)
   page.keyboard.press("Enter")
   assert text(page) == "猫 " + meant + found[0]
-
-
-def open_panel(page):
-  with page.expect_response("**/editor/insight") as response:
-    page.click("#toggle-panel")
-  return response.value.json()
 
 
 def test_colours_are_the_models_surprise(page):
@@ -410,20 +299,31 @@ def test_write_on_samples_with_a_seed_and_stops(page):
 
 def test_errors_are_said_and_the_text_is_kept(page):
   said = page.locator("#alert")
+  busy = {"error": {"message": "64 requests wait already; try again later"}}
+  answers = [
+    lambda route: route.abort(),
+    lambda route: route.fulfill(status=429, json=busy),
+    lambda route: route.continue_(),
+  ]
+  page.route("**/editor/continuations", lambda route: answers.pop(0)(route))
   write(page, "The king")
-  page.route("**/editor/continuations", lambda route: route.abort())
   page.keyboard.press("Tab")
   expect(said).to_have_text("The server does not answer. Your text is kept in this browser.")
-  page.unroute("**/editor/continuations")
-  busy = {"error": {"message": "64 requests wait already; try again later"}}
-  page.route("**/editor/continuations", lambda route: route.fulfill(status=429, json=busy))
   page.keyboard.press("Tab")
   expect(said).to_contain_text("64 requests wait already; try again later.")
-  page.unroute("**/editor/continuations")
   press_tab(page)
   expect(said).to_have_text("")
   page.reload()
   assert text(page) == "The king"
+
+
+def test_a_server_that_comes_back_is_forgiven(page):
+  answers = [lambda route: route.abort(), lambda route: route.continue_()]
+  page.route("**/editor/read", lambda route: answers.pop(0)(route))
+  write(page, "The king")
+  expect(page.locator("#alert")).to_contain_text("does not answer")
+  page.keyboard.type("s")
+  expect(page.locator("#alert")).to_have_text("")
 
 
 def test_a_key_is_asked_for_and_sent(page):
@@ -457,130 +357,3 @@ def test_the_policy_stops_requests_elsewhere(page):
     }"""
   )
   assert refused == "connect-src"
-
-
-# Contrast of every text on the page against what lies behind it: WCAG 2.2, 1.4.3.
-CONTRAST = """() => {
-  const parse = color => color.match(/[\\d.]+/g).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(x => x / 255)
-    .map(x => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4)
-    .reduce((sum, x, i) => sum + x * [0.2126, 0.7152, 0.0722][i], 0);
-  const ratio = (one, other) => {
-    const [high, low] = [light(one), light(other)].sort((a, b) => b - a);
-    return (high + 0.05) / (low + 0.05);
-  };
-  const behind = element => {
-    for (let at = element; at; at = at.parentElement) {
-      const color = parse(getComputedStyle(at).backgroundColor);
-      if (color.length === 3 || color[3] === 1) return color;
-    }
-    return [255, 255, 255];
-  };
-  const bad = [];
-  const check = (what, ink, paper) => {
-    const found = ratio(ink, paper);
-    if (!(found >= 4.5)) bad.push(`${what}: ${found.toFixed(2)}`);
-  };
-  let count = 0;
-  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (walker.nextNode()) {
-    const element = walker.currentNode.parentElement;
-    const isOther = element.closest("#mirror, noscript, dialog, textarea");
-    if (isOther || !walker.currentNode.data.trim() || !element.checkVisibility()) continue;
-    count++;
-    check(walker.currentNode.data, parse(getComputedStyle(element).color), behind(element));
-  }
-  const area = document.getElementById("text");
-  check("the text", parse(getComputedStyle(area).color), behind(area));
-  check("the placeholder", parse(getComputedStyle(area, "::placeholder").color), behind(area));
-  for (const item of document.querySelectorAll("#legend li")) {
-    check(`text on ${item.className}`, parse(getComputedStyle(area).color), behind(item));
-  }
-  return [count, bad];
-}"""
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_every_text_can_be_read(chromium, server, theme):
-  with visit(chromium, server, color_scheme=theme) as page:
-    write(page, "The king")
-    open_panel(page)
-    page.fill("[name=top_k]", "3")
-    expect(page.locator("#next li.cut")).to_have_count(9)
-    page.locator("#text").focus()
-    press_tab(page)
-    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (paper < "rgb(2") == (theme == "dark")
-    count, bad = page.evaluate(CONTRAST)
-    assert count > 60 and bad == []
-    # The test can fail.
-    page.evaluate("document.getElementById('status').style.color = 'rgb(127, 127, 127)'")
-    assert page.evaluate(CONTRAST)[1]
-
-
-def test_a_theme_of_ones_own(chromium, server):
-  with visit(chromium, server, color_scheme="light") as page:
-    page.click("#theme")
-    page.click("#theme")
-    expect(page.locator("#theme")).to_have_text("Theme: dark")
-    page.reload()
-    assert page.evaluate("getComputedStyle(document.documentElement).colorScheme") == "dark"
-
-
-NAMES = """() => {
-  const named = element => element.ariaLabel || element.textContent.trim()
-    || [...(element.labels ?? [])].map(label => label.textContent.trim()).join("")
-    || document.getElementById(element.getAttribute("aria-labelledby"))?.textContent;
-  const bad = [...document.querySelectorAll(
-      "button, input, textarea, nav, aside, form, section, dialog, [role=listbox], [role=option]")]
-    .filter(element => !named(element)).map(element => element.outerHTML.slice(0, 80));
-  const ids = [...document.querySelectorAll("[id]")].map(element => element.id);
-  const missing = ["aria-controls", "aria-describedby", "aria-labelledby", "aria-activedescendant"]
-    .flatMap(name => [...document.querySelectorAll(`[${name}]`)]
-      .filter(element => !document.getElementById(element.getAttribute(name)))
-      .map(element => `${name}=${element.getAttribute(name)}`));
-  return [...bad, ...missing, ...ids.filter((id, i) => ids.indexOf(id) !== i)];
-}"""
-
-
-def test_roles_names_and_the_order_of_focus(page):
-  write(page, "The king")
-  open_panel(page)
-  page.locator("#text").focus()
-  press_tab(page)
-  assert page.evaluate(NAMES) == []
-  tree = page.locator("body").aria_snapshot()
-  for part in (
-    "banner",
-    "navigation",
-    "main",
-    "complementary",
-    "contentinfo",
-    "combobox",
-    "listbox",
-  ):
-    assert part in tree, tree
-  assert tree.count("- option ") == 5
-  page.keyboard.press("Escape")
-  page.locator(".skip").focus()
-  order = ["A"]
-  for _ in range(60):
-    page.keyboard.press("Tab")
-    name = page.evaluate(
-      "document.activeElement.id || document.activeElement.name || document.activeElement.tagName"
-    )
-    if name == "text":
-      page.keyboard.press("Escape")
-    if name in ("A", "BODY"):
-      break
-    order.append(name)
-  # As on the screen: skip link, header, documents, text, panel.
-  places = [order.index(name) for name in ("theme", "new", "text", "colour", "count", "reset")]
-  assert places == sorted(places)
-
-
-def test_motion_can_be_done_without(chromium, server):
-  duration = "getComputedStyle(document.querySelector('button')).transitionDuration"
-  for motion, expected in (("reduce", "0s"), ("no-preference", "0.1s, 0.1s")):
-    with visit(chromium, server, reduced_motion=motion) as page:
-      assert page.evaluate(duration) == expected

@@ -103,6 +103,14 @@ class Continuations:
     self._surprise: list[float] = []
     self._branches: _Branches | None = None
 
+  @property
+  def num_bytes(self) -> int:
+    """How much of the device's memory is held."""
+    held = [self._hidden_1MD, self._cache]
+    if self._branches is not None:
+      held.append(self._branches.tree)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(held))
+
   def num_known(self, ids: list[int]) -> int:
     """Returns how many tokens of a prompt need not be run."""
     return _common(self._read, ids)

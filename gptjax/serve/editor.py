@@ -5,34 +5,44 @@ page's text, kept so that the next request is quick. A session that was let go c
 another answer. Texts come as browsers count them, places as UTF-16 units.
 """
 
-import dataclasses
+import asyncio
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
-import numpy as np
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, Field
 
-from gptjax.data.tokenizer import Tokenizer
-from gptjax.errors import DataError
-from gptjax.generate.continuations import READ_AT_ONCE, Continuation, Continuations
+from gptjax.generate.continuations import READ_AT_ONCE, Continuation, Continuations, NextToken
 from gptjax.generate.generator import Generator
 from gptjax.generate.options import DecodingOptions, parse_options
-from gptjax.serve.failures import failures
+from gptjax.serve.connection import while_connected
+from gptjax.serve.editor_text import (
+  MAX_ROOM,
+  Prompt,
+  count_units,
+  joins_spaces,
+  make_prompt,
+  place_values,
+  room,
+)
+from gptjax.serve.failures import ApiError, failures
 from gptjax.serve.schemas import Probability, Strict, Whole
 from gptjax.serve.served import Served
+
+Result = TypeVar("Result")
 
 MAX_CHARACTERS = 2**17
 # All are decoded, however many are shown: few rows cost what eight do.
 MAX_CONTINUATIONS = 8
-MAX_SESSIONS = 4
+MAX_SESSIONS = 32
+MAX_BYTES = 2 << 30
 SESSION_SECONDS = 900
-_MAX_ROOM = 128
 _PAGE = Path(__file__).parent / "page"
 _PAGE_HEADERS = {
   "Content-Security-Policy": (
@@ -60,7 +70,7 @@ class ContinuationsRequest(Place):
   """A request for continuations; with a larger num_tokens, for the same ones, longer."""
 
   count: Annotated[int, Field(ge=1, le=MAX_CONTINUATIONS)] = 5
-  num_tokens: Annotated[int, Field(ge=1, le=_MAX_ROOM)] = 6
+  num_tokens: Annotated[int, Field(ge=1, le=MAX_ROOM)] = 6
 
 
 class InsightRequest(Place):
@@ -151,68 +161,25 @@ class Sessions:
   def __len__(self) -> int:
     return len(self._kept)
 
-  def get(self, name: str) -> Continuations:
-    """Returns the session of this name, a new one if need be."""
-    now = self._clock()
-    _, tab = self._kept.pop(name, (now, None))
-    while self._kept and (
-      len(self._kept) >= MAX_SESSIONS or next(iter(self._kept.values()))[0] < now - SESSION_SECONDS
-    ):
-      self._kept.popitem(last=False)
+  def use(self, name: str, function: Callable[[Continuations], Result]) -> Result:
+    """Calls a function with a session, and lets go of it if that fails."""
+    self.sweep()
+    _, tab = self._kept.pop(name, (None, None))
     tab = Continuations(self._generator) if tab is None else tab
-    self._kept[name] = now, tab
-    return tab
+    result = function(tab)
+    self._kept[name] = self._clock(), tab
+    self.sweep()
+    return result
 
-  def open(self, name: str, ids: list[int]) -> Continuations:
-    """Returns the session of this name, with a prompt open in it."""
-    tab = self.get(name)
-    tab.open(ids)
-    return tab
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompt:
-  """What is given to the model of a text before a cursor.
-
-  Attributes:
-    ids: never empty.
-    start: characters of the text that are left out.
-    only_V: the tokens that may follow, where the text ends in a space that belongs to the next
-      token; else None.
-    has_space: the text ends in a space that the next token brings again.
-  """
-
-  ids: list[int]
-  start: int
-  only_V: np.ndarray | None
-  has_space: bool
-
-
-def make_prompt(text: str, generator: Generator) -> Prompt:
-  """Encodes a text before a cursor, its end if it is too long.
-
-  Raises:
-    DataError: no tokenizer, characters that it lacks, or no text and no token that begins one.
-  """
-  tokenizer = generator.tokenizer
-  if tokenizer is None:
-    raise DataError("the model has no tokenizer, and the editor writes text; serve one that has")
-  start = _cut(text, tokenizer, generator.config.context_length - _room(generator))
-  text = text[start:]
-  ids = tokenizer.encode(text)
-  has_space, only_V = False, None
-  if text.endswith(" "):
-    # "a " continues as "a king" does: models have seen " king", and next to never " " and "king".
-    without = tokenizer.encode(text[:-1])
-    space_V = _spaces(generator)
-    if ids == without:
-      has_space = True
-    elif ids[:-1] == without and space_V.sum() > MAX_CONTINUATIONS:
-      ids, has_space, only_V = without, True, space_V
-  ids = ids or list(generator.end_ids[:1])
-  if not ids:
-    raise DataError("there is no text before the cursor; write a few words first")
-  return Prompt(ids, start, only_V, has_space)
+  def sweep(self) -> None:
+    """Lets go of those that are too many, too large together, or too old."""
+    while self._kept:
+      used, _ = next(iter(self._kept.values()))
+      size = sum(tab.num_bytes for _, tab in self._kept.values())
+      is_full = len(self._kept) > MAX_SESSIONS or (size > MAX_BYTES and len(self._kept) > 1)
+      if not is_full and used > self._clock() - SESSION_SECONDS:
+        return
+      self._kept.popitem(last=False)
 
 
 def warm_up(generator: Generator, report: Callable[[str], None]) -> None:
@@ -244,12 +211,30 @@ def make_editor(served: Served) -> APIRouter:
   sessions = Sessions(generator)
   router = APIRouter(prefix="/editor", tags=["editor"], responses=failures(400, 401, 429, 503))
 
-  async def read(session: str, ids: list[int]) -> int:
-    """Reads all but the last block, and lets others have the device between two."""
-    known = await engine.run(lambda: sessions.get(session).num_known(ids))
+  async def sweep() -> None:
+    with contextlib.suppress(ApiError):  # the server stops
+      await engine.run(sessions.sweep)
+
+  async def use(place: Place, ids: list[int], function: Callable[[Continuations], Result]):
+    """Reads a prompt and calls a function; returns (how many tokens had to be run, its result).
+
+    A long prompt is read in blocks, and others have the device between two.
+    """
+
+    def open_and_call(tab: Continuations) -> Result:
+      tab.open(ids)
+      return function(tab)
+
+    def run(function: Callable[[Continuations], Any]):
+      return engine.run(partial(sessions.use, place.session, function))
+
+    known = await run(lambda tab: tab.num_known(ids))
     for end in range(known + READ_AT_ONCE[0], len(ids), READ_AT_ONCE[0]):
-      await engine.run(partial(sessions.open, session, ids[:end]))
-    return len(ids) - known
+      await run(lambda tab, end=end: tab.open(ids[:end]))
+    result = await run(open_and_call)
+    loop = asyncio.get_running_loop()
+    loop.call_later(SESSION_SECONDS + 1, lambda: loop.create_task(sweep()))
+    return len(ids) - known, result
 
   @router.get("/model")
   async def model() -> EditedModel:
@@ -258,98 +243,64 @@ def make_editor(served: Served) -> APIRouter:
       name=served.name,
       context_length=generator.config.context_length,
       has_tokenizer=generator.tokenizer is not None,
-      joins_spaces=generator.tokenizer is not None and bool(_spaces(generator).sum() > 1),
-      max_new_tokens=_room(generator),
+      joins_spaces=joins_spaces(generator),
+      max_new_tokens=room(generator),
       max_characters=min(MAX_CHARACTERS, 8 * generator.config.context_length),
     )
 
   @router.post("/read")
-  async def read_ahead(place: Place) -> Reading:
+  async def read(place: Place, request: Request) -> Reading:
     """Reads a text, so that what is asked of it next is quick."""
-    prompt = make_prompt(place.text, generator)
-    num_run = await read(place.session, prompt.ids)
-    await engine.run(partial(sessions.open, place.session, prompt.ids))
-    return _reading(place, prompt, num_run)
+    prompt = await asyncio.to_thread(make_prompt, place.text, generator)
+    num_run, _ = await while_connected(request, use(place, prompt.ids, lambda tab: None))
+    return Reading(**_reading(place, prompt, num_run))
 
   @router.post("/continuations")
-  async def continuations(request: ContinuationsRequest) -> Choices:
+  async def continuations(place: ContinuationsRequest, request: Request) -> Choices:
     """Goes on from the cursor in the likeliest ways."""
-    prompt = make_prompt(request.text, generator)
-    num_run = await read(request.session, prompt.ids)
+    prompt = await asyncio.to_thread(make_prompt, place.text, generator)
+    most = min(MAX_CONTINUATIONS, generator.config.vocab_size)
 
-    def find() -> list[Continuation]:
-      tab = sessions.open(request.session, prompt.ids)
-      most = min(MAX_CONTINUATIONS, generator.config.vocab_size)
-      return tab.options(most, request.num_tokens, prompt.only_V)
+    def find(tab: Continuations) -> list[Continuation]:
+      return tab.options(most, place.num_tokens, prompt.only_V)
 
-    found = await engine.run(find)
-    choices = [_choice(one, prompt, generator) for one in found[: request.count]]
-    return Choices(choices=choices, **_reading(request, prompt, num_run).model_dump())
+    num_run, found = await while_connected(request, use(place, prompt.ids, find))
+    choices = [_choice(one, prompt, generator) for one in found[: place.count]]
+    return Choices(choices=choices, **_reading(place, prompt, num_run))
 
   @router.post("/insight")
-  async def insight(request: InsightRequest) -> Insight:
+  async def insight(place: InsightRequest, request: Request) -> Insight:
     """Says how the text surprises the model, and what it expects at the cursor."""
-    prompt = make_prompt(request.text, generator)
-    whole = request.text[prompt.start :] + request.after
-    whole_ids = generator.tokenizer.encode(whole)[: generator.config.context_length - 1]
-    options = _warpers(request)
-    num_run = await read(request.session, whole_ids or prompt.ids)
+    prompt = await asyncio.to_thread(make_prompt, place.text, generator)
+    text, options = place.text[prompt.start :] + place.after, _warpers(place)
+    ids = await asyncio.to_thread(generator.tokenizer.encode, text)
+    ids = ids[: generator.config.context_length - 1]
 
-    def look():
-      nats = sessions.open(request.session, whole_ids).surprise() if whole_ids else []
-      tab = sessions.open(request.session, prompt.ids)
-      return nats, tab.next_tokens(request.count, options, prompt.only_V)
+    def look(tab: Continuations) -> tuple[list[float | None], list[NextToken]]:
+      nats = [None, *tab.surprise()] if ids else []
+      tab.open(prompt.ids)
+      return nats, tab.next_tokens(place.count, options, prompt.only_V)
 
-    nats, following = await engine.run(look)
-    next_tokens = [
-      Next(
-        text=_without_space(one.text, prompt),
-        probability=one.probability,
-        is_cut=one.is_cut,
-        is_end=one.token in generator.end_ids,
-      )
-      for one in following
-    ]
-    reading = _reading(request, prompt, num_run)
-    surprise = _place(whole, [None, *nats][: len(whole_ids)], reading.left_out, generator.tokenizer)
-    return Insight(surprise=surprise, next_tokens=next_tokens, **reading.model_dump())
+    num_run, (nats, following) = await while_connected(request, use(place, ids or prompt.ids, look))
+    reading = _reading(place, prompt, num_run)
+    placed = place_values(text, nats, generator.tokenizer)
+    return Insight(
+      surprise=placed and [_surprise(*one, reading["left_out"]) for one in placed],
+      next_tokens=[_next(one, prompt, generator) for one in following],
+      **reading,
+    )
 
   return router
 
 
-def _room(generator: Generator) -> int:
-  """Returns how many tokens of the context are kept free for new ones."""
-  return min(_MAX_ROOM, max(1, generator.config.context_length // 4))
-
-
-def _cut(text: str, tokenizer: Tokenizer, most: int) -> int:
-  """Returns where the end of a text begins that has `most` tokens or fewer.
-
-  It moves on by quarters, so that it stays where it is for a while of typing, and what was read
-  with it; and to the beginning of a word where one is near.
-  """
-  start = 0
-  while len(tokenizer.encode(text[start:])) > most:
-    start += max(1, (len(text) - start) // 4)
-    space = text.find(" ", start, start + 32)
-    start = space if space >= 0 else start
-  return start
-
-
-def _spaces(generator: Generator) -> np.ndarray:
-  """Returns bool [V], the tokens that begin with a space."""
-  own = generator.tokenizer.begins_with_space[: generator.config.vocab_size]
-  return np.pad(own, (0, generator.config.vocab_size - len(own)))
-
-
-def _warpers(request: InsightRequest) -> DecodingOptions:
+def _warpers(place: InsightRequest) -> DecodingOptions:
   names = ("temperature", "top_k", "top_p", "min_p", "typical_p")
-  return parse_options({name: getattr(request, name) for name in names})
+  return parse_options({name: getattr(place, name) for name in names})
 
 
-def _reading(place: Place, prompt: Prompt, num_run: int) -> Reading:
-  left_out = _count_units(place.text[: prompt.start])
-  return Reading(left_out=left_out, num_tokens=len(prompt.ids), num_run=num_run)
+def _reading(place: Place, prompt: Prompt, num_run: int) -> dict[str, int]:
+  left_out = count_units(place.text[: prompt.start])
+  return {"left_out": left_out, "num_tokens": len(prompt.ids), "num_run": num_run}
 
 
 def _choice(found: Continuation, prompt: Prompt, generator: Generator) -> Choice:
@@ -357,36 +308,26 @@ def _choice(found: Continuation, prompt: Prompt, generator: Generator) -> Choice
   first = next((i for i, piece in enumerate(pieces) if piece), None)
   if first is not None:
     pieces[first] = _without_space(pieces[first], prompt)
-  is_end = found.tokens[-1] in generator.end_ids
   return Choice(
-    probability=found.probability, pieces=pieces, logprobs=found.logprobs, is_end=is_end
+    probability=found.probability,
+    pieces=pieces,
+    logprobs=found.logprobs,
+    is_end=found.tokens[-1] in generator.end_ids,
+  )
+
+
+def _surprise(start: int, end: int, nats: float | None, left_out: int) -> Surprise:
+  return Surprise(start=left_out + start, end=left_out + end, nats=nats)
+
+
+def _next(found: NextToken, prompt: Prompt, generator: Generator) -> Next:
+  return Next(
+    text=_without_space(found.text, prompt),
+    probability=found.probability,
+    is_cut=found.is_cut,
+    is_end=found.token in generator.end_ids,
   )
 
 
 def _without_space(piece: str, prompt: Prompt) -> str:
   return piece.removeprefix(" ") if prompt.has_space else piece
-
-
-def _count_units(text: str) -> int:
-  return len(text.encode("utf-16-le")) // 2
-
-
-def _place(
-  text: str, nats: list[float | None], offset: int, tokenizer: Tokenizer
-) -> list[Surprise] | None:
-  """Finds the places of the first tokens of a text; tokens of one character become one."""
-  try:
-    spans = tokenizer.byte_spans(text)
-  except DataError:
-    return None
-  sizes = np.array([(len(char.encode()), _count_units(char)) for char in text], int).reshape(-1, 2)
-  byte_ends, unit_ends = np.cumsum(sizes, axis=0).T
-  units = dict(zip([0, *byte_ends.tolist()], [offset, *(unit_ends + offset).tolist()]))
-  placed: list[Surprise] = []
-  for (start, end), one in zip(spans.tolist(), nats):
-    if placed and units[start] < placed[-1].end:
-      last = placed[-1]
-      last.end, last.nats = units[end], None if last.nats is None else last.nats + (one or 0.0)
-    else:
-      placed.append(Surprise(start=units[start], end=units[end], nats=one))
-  return placed

@@ -2,13 +2,13 @@
 
 import { ask, session } from "./client.js";
 
-const MAX_TOKENS = 128;
 const percent = new Intl.NumberFormat("en", { style: "percent", maximumSignificantDigits: 2 });
 
 export class Choices {
-  // `place()` returns the text to send, or null; `read(answer)` takes what an answer says of it.
-  constructor(sheet, list, { place, read, options, say, fail }) {
-    Object.assign(this, { sheet, list, place, read, options, say, fail });
+  // `place()` returns the text to send; `read(answer)` takes what an answer says of it; `limit()`
+  // is how many tokens a continuation may have.
+  constructor(sheet, list, { place, read, options, limit, say, fail }) {
+    Object.assign(this, { sheet, list, place, read, options, limit, say, fail });
     this.reset();
     list.addEventListener("pointerdown", event => event.preventDefault());
     list.addEventListener("click", event => {
@@ -32,7 +32,7 @@ export class Choices {
   // Opens the list, or makes what it holds longer.
   async press() {
     const { count, num_tokens: step } = this.options();
-    this.wanted = Math.min(this.wanted + step, MAX_TOKENS);
+    this.wanted = Math.min(this.wanted + step, this.limit());
     if (this.asking) return;
     const asking = this.asking = new AbortController();
     this.cursor = this.sheet.cursor;

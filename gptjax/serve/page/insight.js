@@ -11,7 +11,8 @@ const percent = new Intl.NumberFormat("en", { style: "percent", maximumSignifica
 const WARPERS = ["temperature", "top_k", "top_p", "min_p", "typical_p"];
 
 export class Insight {
-  // `mayAsk()` is false while the text is not to be looked at; the others as of Choices.
+  // `place()` may be null, which is nothing to look at; `mayAsk()` is false while the text is not to
+  // be looked at; the others as of Choices.
   constructor(sheet, panel, { place, read, options, mayAsk, fail }) {
     Object.assign(this, { sheet, panel, place, read, options, mayAsk, fail });
     this.timer = null;
@@ -24,8 +25,7 @@ export class Insight {
     );
     this.fields.legend.replaceChildren(...[0, ...LEVELS].map((low, level) => {
       const high = LEVELS[level];
-      const item = make("li", `surprise-${level}`, high === undefined ? `${low} +` : `${low}–${high}`);
-      return item;
+      return make("li", `surprise-${level}`, high === undefined ? `${low} +` : `${low}–${high}`);
     }));
   }
 
@@ -52,6 +52,7 @@ export class Insight {
         const warpers = Object.fromEntries(WARPERS.map(name => [name, this.options()[name]]));
         // As much of what follows as may fit; the server cuts it.
         const after = all.slice(cursor, cursor + text.length + 2048).replace(/[\ud800-\udbff]$/, "");
+        this.fields["surprise-summary"].textContent ||= "Reading…";
         const answer = await ask(
           "editor/insight", { session, text, after, count: NEXT_TOKENS, ...warpers },
         );

@@ -2,7 +2,7 @@
 
 import { ask, askStream, ServerError, session, setKey } from "./client.js";
 import { Choices } from "./choices.js";
-import { Documents, settings, title } from "./documents.js";
+import { Documents, isKept, settings, title } from "./documents.js";
 import { Insight } from "./insight.js";
 import { Reach } from "./reach.js";
 import { Sheet } from "./sheet.js";
@@ -22,6 +22,8 @@ let model = null;
 let writing = null;
 // Escape lets the next Tab go where Tab goes elsewhere, so that the keyboard is never trapped.
 let tabLeaves = false;
+// What went wrong while looking at the text is no more said once looking works again.
+let isAlertPassing = false;
 
 // ---- What is said to the user.
 
@@ -32,6 +34,7 @@ function say(text) {
 
 function fail(error) {
   if (error.name === "AbortError") return;
+  isAlertPassing = false;
   if (!(error instanceof ServerError)) console.error(error);
   say("");
   if (error.status === 401) {
@@ -50,7 +53,7 @@ function sentence(text) {
 const place = () => reach.take(sheet.text, sheet.cursor);
 
 function read({ left_out: leftOut, num_tokens: numTokens }) {
-  byId("alert").textContent = "";
+  if (isAlertPassing) byId("alert").textContent = "";
   reach.cut(sheet.text, leftOut);
   sheet.markLeftOut(reach.start);
   byId("window").textContent = reach.start
@@ -66,10 +69,13 @@ function options() {
   }));
 }
 
-const choices = new Choices(sheet, byId("choices"), { place, read, options, say, fail });
+const choices = new Choices(sheet, byId("choices"), {
+  place, read, options, limit: () => model.max_new_tokens, say, fail,
+});
 const insight = new Insight(sheet, byId("panel"), {
   place: () => (sheet.text ? place() : null),
-  read, options, fail,
+  read, options,
+  fail: error => { fail(error); isAlertPassing = true; },
   mayAsk: () => model !== null && !choices.isActive && !writing && !sheet.isComposing,
 });
 
@@ -307,4 +313,5 @@ for (const [name, value] of Object.entries(kept.options ?? {})) {
 }
 showTheme(THEMES.includes(kept.theme) ? kept.theme : "auto");
 openDocument();
+if (!isKept) byId("alert").textContent = "This browser keeps no documents: download them before you leave.";
 loadModel();
