@@ -50,10 +50,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _example_of(options: argparse.Namespace, task: Task) -> Example:
   """Makes the example that was given by flags."""
-  needed = {
-    "classification": (),
-    "multiple_choice": ("choice",),
-  }.get(task.family, ("text2",))
+  needed = {"classification": (), "multiple_choice": ("choice",)}.get(task.family, ("text2",))
   for flag in needed:
     if not getattr(options, flag):
       raise ConfigError(f"the model's task is {task.family.replace('_', ' ')}; give --{flag} too")
@@ -86,9 +83,5 @@ def _report_metrics(task: Task, examples: Sequence[Example], outputs_NC: np.ndar
 def _to_text(prediction: dict[str, Any]) -> str:
   if "score" in prediction:
     return f"{prediction['id']}\t{prediction['score']:.4f}"
-  probabilities = prediction["probabilities"]
-  if isinstance(probabilities, dict):
-    probability = probabilities[prediction["label"]]
-  else:
-    probability = probabilities[prediction["label"]]
-  return f"{prediction['id']}\t{prediction['label']}\t{probability:.4f}"
+  label = prediction["label"]
+  return f"{prediction['id']}\t{label}\t{prediction['probabilities'][label]:.4f}"
