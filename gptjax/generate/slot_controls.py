@@ -58,7 +58,6 @@ class ControlsMaker:
   def __init__(self, vocab_size: int):
     self._vocab_size = vocab_size
     self._seen: dict[str, np.ndarray] = {}
-    self._width: int | None = None
 
   def make(
     self,
@@ -89,25 +88,22 @@ class ControlsMaker:
 
   def _sampling(self, options: Sequence[DecodingOptions]) -> Sampling | None:
     drawn = [is_sampled(row) for row in options]
-    if not any(drawn) and self._width is None:
+    if not any(drawn) and "temperature_R" not in self._seen:
       return None
 
     def values(name: str, greedy: float) -> list:
       return [getattr(row, name) if is_drawn else greedy for row, is_drawn in zip(options, drawn)]
 
-    # One candidate is enough for a greedy row, so that it does not widen those of others.
     made = make_sampling(
       self._vocab_size,
       values("temperature", 0.0),
-      values("top_k", 1),
+      values("top_k", 0),
       values("top_p", 1.0),
       values("min_p", 0.0),
       values("typical_p", 1.0),
     )
-    # 0 is the whole vocabulary.
-    widths = {made.width, made.width if self._width is None else self._width}
-    self._width = 0 if 0 in widths else max(widths)
-    return self._widen(made.replace(width=self._width))
+    # Rows to come may have no top-k: all of the vocabulary are candidates.
+    return self._widen(made.replace(width=0))
 
   def _widen(self, made: Rules | Sampling) -> Rules | Sampling:
     """Keeps what any earlier row needed, so that rows that come and go compile nothing."""
