@@ -122,7 +122,7 @@ def test_documents_are_scored_apart(model, scorer, tmp_path):
 
 def test_lines_are_documents_of_a_text_file_and_records_stay_whole(tmp_path):
   text = write(tmp_path, "one two\n\n three\r\nfour", "a.tokens")
-  assert read_texts([text], "lines") == ["one two", " three\r", "four"]
+  assert read_texts([text], "lines") == ["one two\n", " three\r\n", "four"]
   assert read_texts([text]) == ["one two\n\n three\r\nfour"]
   records = write(tmp_path, '{"text": "a\\nb"}\n', "a.jsonl")
   assert read_texts([records, text], "lines")[0] == "a\nb"

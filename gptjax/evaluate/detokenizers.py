@@ -16,22 +16,22 @@ _BEFORE = r"(?=[ \n]|$)"
 _CLITICS = (rf" '(s|t|m|d|re|ve|ll){_BEFORE}", r"'\1")
 _NEGATIONS = (rf" n't{_BEFORE}", "n't")
 _STOPS = (rf" ([.,;:!?]+|\.\.\.){_BEFORE}", r"\1")
-_BRACKETS = [(r"([(\[]) ", r"\1"), (rf" ([)\]]){_BEFORE}", r"\1")]
+_BRACKETS = [(r"([(\[]) ", r"\1"), (r" ([)\]])", r"\1")]
 _DOUBLE_QUOTES = (r'(?<![^ \n(\[])" ([^"\n]*?) "(?![^ \n.,;:!?)\]])', r'"\1"')
 _ENDS_OF_LINES = [(r"(?m)^ +", ""), (r"(?m) +$", "")]
 # The Penn Treebank's quotes and brackets, as LAMBADA and the Children's Book Test have them.
 _TREEBANK = [
+  _NEGATIONS,
+  _CLITICS,
+  _STOPS,
   (r"(?i)-lrb- ", "("),
   (r"(?i) -rrb-", ")"),
   (r"(?i)-lsb- ", "["),
   (r"(?i) -rsb-", "]"),
   (r"`` ", '"'),
   (r" ''", '"'),
-  _NEGATIONS,
-  _CLITICS,
   (r"` ", "'"),
   (rf" '{_BEFORE}", "'"),
-  _STOPS,
 ]
 
 DETOKENIZERS: dict[str, list[tuple[str, str]]] = {

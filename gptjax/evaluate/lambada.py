@@ -78,7 +78,7 @@ def measure_lambada(
   """
   tokenizer, start = need_tokenizer(model), start_ids(model, protocol.start)
   texts = read_texts(data, protocol.documents, protocol.text_column)
-  pairs = [_part(detokenize(text, protocol.detokenizer)) for text in texts]
+  pairs = [_part(text, protocol.detokenizer) for text in texts]
   limit = model.config.context_length
   encoded = encode_pairs(pairs, model)
   rows = [continuation_row([*start, *context], word, limit) for context, word in encoded]
@@ -98,12 +98,14 @@ def measure_lambada(
   )
 
 
-def _part(passage: str) -> tuple[str, str]:
-  """Parts the last word, with the space before it."""
-  context, space, word = passage.rstrip().rpartition(" ")
-  if not context.strip():
+def _part(passage: str, detokenizer: str) -> tuple[str, str]:
+  """Parts the last word, with the space before it if there is one."""
+  passage = passage.rstrip()
+  before, _, word = passage.rpartition(" ")
+  if not before.strip():
     raise DataError(f"the passage {passage!r} has one word; there must be some before the last")
-  return context, space + word
+  context = detokenize(passage, detokenizer).removesuffix(word)
+  return context.rstrip(" "), " " * context.endswith(" ") + word
 
 
 def figures(

@@ -28,7 +28,7 @@ class TextProtocol:
     name: of the benchmark; "plain" for any other text.
     start: a token put before each document, so that its first token is scored too: "none", "bos",
       or "end" (the end token, as in training on joined documents).
-    documents: "whole" files and records, or each of the "lines" of a text file.
+    documents: "whole" files and records, or each of the "lines" of text files that is not blank.
     text_column: the field of jsonl, csv, parquet and hub records that holds the text.
     detokenizer: a key of DETOKENIZERS.
     dtype: of parameters and products.

@@ -6,6 +6,7 @@ Documents are held in memory whole, as text and as ids; corpora of some GB fit.
 import dataclasses
 import hashlib
 import itertools
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -79,7 +80,9 @@ def read_texts(
     pieces = list(pieces)
     text = "".join(piece.text for piece in pieces)
     is_parted = documents == "lines" and sources[pieces[0].source].kind == "txt"
-    texts += [line for line in text.split("\n") if line.strip()] if is_parted else [text]
+    # Lines keep their ends, which are scored as in a whole text.
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text) if is_parted else [text]
+    texts += [line for line in lines if line.strip()] if is_parted else lines
   if not texts:
     raise DataError(f"{_name(data)} is empty; there is nothing to score")
   return texts
