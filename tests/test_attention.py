@@ -59,6 +59,7 @@ def attend_with_gradients(query, key, value, segment_ids, *, implementation, win
   return out, *gradients
 
 
+slow = functools.partial(pytest.param, marks=pytest.mark.slow)  # a program for each
 compute = jax.jit(attend_with_gradients, static_argnames=("implementation", "window"))
 
 
@@ -102,11 +103,11 @@ def test_scores_are_float32_when_heads_are_bfloat16():
 @pytest.mark.parametrize(
   ("length", "window", "is_packed"),
   [
-    (128, None, False),
+    slow(128, None, False),
     (128, 40, True),
-    (128, 200, False),
-    (256, None, True),
-    (256, 2, True),
+    slow(128, 200, False),
+    slow(256, None, True),
+    slow(256, 2, True),
     (256, 40, False),
   ],
 )
@@ -129,7 +130,7 @@ def test_the_comparison_of_kernels_notices_windows_and_segments():
     assert all(relative_error(*pair) > 1e-2 for pair in zip(changed, window))
 
 
-@pytest.mark.parametrize(("num_rows", "is_packed"), [(8, True), (3, False)])
+@pytest.mark.parametrize(("num_rows", "is_packed"), [slow(8, True), (3, False)])
 def test_the_pallas_kernel_runs_on_a_mesh(num_rows, is_packed):
   """Data x tensor: each device gets its rows and heads; 3 rows, which do not divide, go whole."""
   heads = draw_heads(num_rows, 128, num_heads=4)

@@ -18,7 +18,7 @@ SAME_TOKENS = ("prompt_lookup_num_tokens", "draft_model", "num_draft_tokens", "t
 
 @functools.cache
 def make_model(seed=0):
-  config = make_config("gpt2", context_length=32)
+  config = make_config("gpt2", context_length=32, num_layers=1)
   letters = "".join(chr(ord("0") + i) for i in range(config.vocab_size))
   tokenizer = make_char_tokenizer([letters])
   return Model(config, make_params(config, seed), tokenizer)

@@ -42,7 +42,7 @@ WRONG = {
   "min_p": [-0.1, 1.1, float("nan")],
   "typical_p": [0, 1.1, -1, float("nan")],
   "seed": [-1, 2**32, 1.5, "42"],
-  "num_beams": [0, -2, 1.5],
+  "num_beams": [0, -2, 1.5, 60_000],
   "length_penalty": [float("nan"), float("inf"), "1"],
   "early_stopping": [1, 0, "always"],
   "num_return_sequences": [0, 1.5],

@@ -213,7 +213,7 @@ class DecodingOptions:
   )
 
   # Beams.
-  num_beams: int = _option(1, _whole(1), "width of a beam search; 1 is off")
+  num_beams: int = _option(1, _whole(1, 4096), "width of a beam search; 1 is off")
   length_penalty: float = _option(
     1.0, _FINITE, "beams compare log-probability / length ** this; larger prefers longer texts"
   )
