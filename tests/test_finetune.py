@@ -129,6 +129,17 @@ def test_predictions_have_probabilities_and_give_the_metrics(run):
   assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
+@pytest.mark.slow
+def test_predict_tells_what_training_wrote(run, folder, capsys):
+  arguments = ["predict", "--model", str(run.path), "--data", f"{folder}/train.tsv", "--json"]
+  assert main(arguments) == 0
+  found = json.loads(capsys.readouterr().out)
+  written = [json.loads(line) for line in run.predictions_path.read_text().splitlines()]
+  for here, there in zip(found, written, strict=True):
+    assert (here["id"], here["label"]) == (there["id"], there["label"])
+    assert here["probabilities"] == pytest.approx(there["probabilities"], rel=1e-4)
+
+
 def test_the_report_shows_classes_and_mistakes_offline(run):
   page = run.report_path.read_text()
   for words in ("Accuracy", "Classes", "Precision", "nats per example", "Language model"):
