@@ -274,7 +274,7 @@ class TextClassificationPipeline:
     self._options = options
     self._classifier = Classifier(model, report=to_stderr)
     if self._classifier.task.is_choice:
-      raise ConfigError("the model chooses among answers; use gptjax predict, or a Classifier")
+      raise ConfigError("the model chooses among answers; use gptjax predict")
 
   def __call__(self, inputs: Any, **options: Any) -> Any:
     """Classifies texts.

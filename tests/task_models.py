@@ -5,9 +5,10 @@ import types
 import numpy as np
 from families import make_config, make_params
 
+from gptjax.checkpoint.reference import reference_activations
 from gptjax.data.examples import Example
 from gptjax.data.task_config import TaskDataConfig
-from gptjax.data.task_inputs import new_tokens
+from gptjax.data.task_inputs import encode_examples, find_task_tokens, new_tokens
 from gptjax.data.tokenizer import load_tokenizer, make_char_tokenizer
 
 TASKS = {
@@ -47,3 +48,19 @@ def make_examples(family, count=21):
     choices = tuple(text() for _ in range(2 + number % 2)) if family == "multiple_choice" else ()
     examples.append(Example(str(number), (text(),), second, choices))
   return examples
+
+
+def slow_outputs(model, example):
+  """Reads the sequences of one example one at a time, in float64 NumPy."""
+  tokens = find_task_tokens(model.tokenizer, model.task)
+  longest = model.task.max_length or model.config.context_length
+  encoded = encode_examples([example], model.task.task, model.tokenizer, tokens, longest)
+  states_SD = []
+  for pieces in encoded.sequences[0]:
+    row = np.concatenate(pieces)
+    states = reference_activations(model.params, model.config, row[None])["final_norm"]
+    states_SD.append(states[0, -1])
+  head = {name: np.asarray(leaf) for name, leaf in model.params["task_head"].items()}
+  if not model.task.task.is_choice:
+    states_SD = [sum(states_SD)]
+  return (np.stack(states_SD) @ head["kernel"] + head["bias"]).reshape(-1)

@@ -3,45 +3,41 @@
 import numpy as np
 import pytest
 from families import relative_error
-from task_models import TASKS, make_examples, make_model
+from task_models import TASKS, make_examples, make_model, slow_outputs
 
-from gptjax.checkpoint.reference import reference_activations
 from gptjax.data.examples import Example
-from gptjax.data.task_inputs import encode_examples, find_task_tokens
 from gptjax.errors import CheckpointError, DataError
 from gptjax.evaluate.classify import Classifier
 
 
-def slow_outputs(model, example):
-  """Reads the sequences of one example one at a time, in float64 NumPy."""
-  tokens = find_task_tokens(model.tokenizer, model.task)
-  encoded = encode_examples([example], model.task.task, model.tokenizer, tokens, 24)
-  states_SD = []
-  for pieces in encoded.sequences[0]:
-    row = np.concatenate(pieces)
-    states = reference_activations(model.params, model.config, row[None])["final_norm"]
-    states_SD.append(states[0, -1])
-  head = model.params["task_head"]
-  if not model.task.task.is_choice:
-    states_SD = [sum(states_SD)]
-  return (np.stack(states_SD) @ head["kernel"] + head["bias"]).reshape(-1)
-
-
-# A pair is summed as one text is, and read as a premise is.
-_DAILY = ("similarity", "multiple_choice")
-
-
-@pytest.mark.parametrize(
-  "family", [pytest.param(f, marks=[] if f in _DAILY else pytest.mark.slow) for f in TASKS]
-)
-def test_predictions_are_those_of_each_example_alone(tmp_path, family):
-  model, examples = make_model(tmp_path, family), make_examples(family)
-  outputs_NC = Classifier(model).outputs(examples)
+def check_alone(model, examples, outputs_NC):
   assert outputs_NC.dtype == np.float32
-  for example, outputs in zip(examples, outputs_NC):
+  for example, outputs in zip(examples, outputs_NC, strict=True):
     expected = slow_outputs(model, example)
     assert relative_error(outputs[: len(expected)], expected) < 2e-5
     assert (outputs[len(expected) :] == -1e9).all()
+
+
+def test_predictions_are_those_of_each_example_alone(tmp_path):
+  model = make_model(tmp_path, "multiple_choice", max_length=12)
+  examples = make_examples("multiple_choice")
+  check_alone(model, examples, Classifier(model).outputs(examples))
+
+
+def test_a_pair_is_alike_in_both_orders_to_the_bit(tmp_path):
+  model, pairs = make_model(tmp_path, "similarity", max_length=12), make_examples("similarity")
+  classifier = Classifier(model)
+  outputs_NC = classifier.outputs(pairs)
+  check_alone(model, pairs, outputs_NC)
+  turned = [Example(e.id, e.text2, e.text) for e in pairs]
+  assert np.array_equal(outputs_NC, classifier.outputs(turned))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", TASKS)
+def test_predictions_of_every_family_and_length(tmp_path, family):
+  model, examples = make_model(tmp_path, family), make_examples(family)
+  check_alone(model, examples, Classifier(model).outputs(examples))
 
 
 @pytest.mark.slow
@@ -61,14 +57,6 @@ def test_company_and_order_change_no_prediction(tmp_path, family):
   ]
   differs = np.abs(classifier.outputs(changed) - together).max(axis=1) > 1e-3
   assert differs.nonzero()[0].tolist() == [7]
-
-
-def test_a_pair_is_alike_in_both_orders_to_the_bit(tmp_path):
-  model = make_model(tmp_path, "similarity")
-  pairs = make_examples("similarity")
-  turned = [Example(e.id, e.text2, e.text) for e in pairs]
-  classifier = Classifier(model)
-  assert np.array_equal(classifier.outputs(pairs), classifier.outputs(turned))
 
 
 def test_texts_that_are_cut_are_told(tmp_path):

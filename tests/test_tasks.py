@@ -412,8 +412,14 @@ REAL = [
 @needs_shared
 @pytest.mark.parametrize(
   ("adapter", "file", "num_examples", "num_left_out", "known"),
-  REAL,
-  ids=[Path(row[1]).parent.name + "-" + Path(row[1]).stem for row in REAL],
+  [
+    pytest.param(
+      *row,
+      id=Path(row[1]).parent.name + "-" + Path(row[1]).stem,
+      marks=pytest.mark.slow if row[2] > 6000 else [],
+    )
+    for row in REAL
+  ],
 )
 def test_adapters_read_the_real_files(adapter, file, num_examples, num_left_out, known):
   path = str(TASKS / file)

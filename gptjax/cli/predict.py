@@ -9,6 +9,7 @@ import numpy as np
 
 from gptjax.checkpoint.models import load_model, to_stderr
 from gptjax.cli.arguments import add_json
+from gptjax.cli.compilation import enable_compilation_cache
 from gptjax.data.examples import Example
 from gptjax.data.task_format import Task
 from gptjax.data.tasks import read_examples
@@ -30,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> None:
   if bool(options.data) == (options.text is not None):
     raise ConfigError("give the examples either by --data FILE or by --text TEXT")
+  enable_compilation_cache()
   classifier = Classifier(load_model(options.model), options.model, to_stderr)
   if options.data:
     _refuse(options, ("text2", "choice"), "beside --data")

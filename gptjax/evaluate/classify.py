@@ -17,7 +17,6 @@ from gptjax.data.task_config import TaskDataConfig
 from gptjax.data.task_inputs import encode_examples, find_task_tokens
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import CheckpointError, DataError
-from gptjax.evaluate.predictions import describe_predictions
 from gptjax.generate import programs
 from gptjax.model.config import ModelConfig
 from gptjax.model.decoder import hidden_states
@@ -76,10 +75,6 @@ class Classifier:
     self._parallel = make_parallel("pmap", devices=jax.local_devices())
     self._params = self._parallel.adopt(model.params)
     self._program = self._parallel.compile_map(self._compute)
-
-  def predict(self, examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """Returns what is predicted of each example; see `describe_predictions`."""
-    return describe_predictions(self.task, examples, self.outputs(examples))
 
   def outputs(self, examples: Sequence[Example]) -> np.ndarray:
     """Returns float32 [N, C]: logits of classes or answers, in which an answer that an example
