@@ -238,6 +238,20 @@ def test_what_is_worth_a_remark(model, scorer, tmp_path):
   assert len(said) == 1
 
 
+def test_text_without_spaces_has_no_word_perplexity_and_all_else(model, scorer, tmp_path):
+  found = measure_perplexity([write(tmp_path, "日本" * 90)], model, scorer, Protocol(), say=str)
+  assert found["counts"]["words"] == 1 and found["word_perplexity"] is None
+  assert found["bits_per_character"] == pytest.approx(3 * found["bits_per_byte"])
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(monkeypatch, model, scorer, tmp_path):
+  expected = measure_perplexity([write(tmp_path)], model, scorer, Protocol(), say=str)
+  monkeypatch.setenv("XDG_CACHE_HOME", write(tmp_path, name="a_file"))
+  said = []
+  found = measure_perplexity([write(tmp_path)], model, scorer, Protocol(), said.append)
+  assert found == expected and "what is scored is not kept" in said[-1]
+
+
 REFUSED = {
   "empty": (b"", {}, "is empty; there is nothing to score"),
   "blank lines": (b"\n \n", {"documents": "lines"}, "is empty"),

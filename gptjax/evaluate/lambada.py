@@ -8,7 +8,6 @@ are as before.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from gptjax.evaluate.paper import compare_with_paper
 from gptjax.evaluate.protocol import TextProtocol
 from gptjax.evaluate.receipt import identify, make_receipt
 from gptjax.evaluate.scoring import Scorer, Scores, continuation_row
-from gptjax.evaluate.statistics import error_of_mean
+from gptjax.evaluate.statistics import error_of_mean, perplexity_of
 from gptjax.evaluate.texts import (
   TokenTexts,
   encode_pairs,
@@ -128,7 +127,7 @@ def figures(
     float,
   )
   return {
-    "perplexity": math.exp(nats.mean()),
+    "perplexity": perplexity_of(nats.mean()),
     "accuracy": right.mean(),
     "accuracy_without_stop_words": filtered.mean(),
     "nats_per_word": nats.mean(),

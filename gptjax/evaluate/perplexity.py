@@ -17,12 +17,11 @@ import numpy as np
 
 from gptjax.checkpoint.models import Loaded, to_stderr
 from gptjax.data.building import show_progress
-from gptjax.errors import DataError
 from gptjax.evaluate.paper import compare_with_paper
 from gptjax.evaluate.protocol import Protocol
 from gptjax.evaluate.receipt import identify, make_receipt
 from gptjax.evaluate.scoring import BATCH_TOKENS, Row, Scorer
-from gptjax.evaluate.statistics import independent_units, standard_error
+from gptjax.evaluate.statistics import independent_units, perplexity_of, standard_error
 from gptjax.evaluate.texts import Corpus, read_corpus
 from gptjax.evaluate.windows import Windows, cut_windows
 
@@ -104,21 +103,13 @@ def score_windows(
   if done:
     say(f"{len(done)} of {len(windows.rows)} windows were scored before; going on from there")
   advance(int(scored_W[: len(done)].sum()))
-  with contextlib.ExitStack() as stack:
-    log = None
-    if progress_file is not None:
-      progress_file.parent.mkdir(parents=True, exist_ok=True)
-      # Written anew, since the last line of a file that was cut off may be half a line.
-      log = stack.enter_context(progress_file.open("w", encoding="utf-8"))
-      _write_progress(log, done)
+  with _progress_log(progress_file, say) as write:
+    write(done)
     for block in _blocks(windows.rows, len(done)):
       nats = [-scores.logprob for scores in scorer.score(block)]
       done += nats
-      if log is not None:
-        _write_progress(log, nats)
+      write(nats)
       advance(sum(row.num_scored for row in block))
-  if progress_file is not None:
-    progress_file.unlink()
   return np.array(done, np.float64)
 
 
@@ -159,14 +150,37 @@ def _read_progress(path: Path) -> list[float]:
   return nats
 
 
-def _write_progress(file: Any, nats: list[float]) -> None:
-  # Python writes the shortest text that reads back as the same number.
-  file.write(json.dumps(nats) + "\n")
-  file.flush()
+@contextlib.contextmanager
+def _progress_log(
+  path: Path | None, say: Callable[[str], None]
+) -> Iterator[Callable[[list[float]], None]]:
+  """Gives what writes nats down, for as long as not all are known; or what writes nothing."""
+  file = None
+  if path is not None:
+    try:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      # Anew, since the last line of a file that was cut off may be half a line.
+      file = path.open("w", encoding="utf-8")
+    except OSError as error:
+      say(f"what is scored is not kept, and cannot be gone on from: {error}")
+  if file is None:
+    yield lambda nats: None
+    return
+
+  def write(nats: list[float]) -> None:
+    # Python writes the shortest text that reads back as the same number.
+    file.write(json.dumps(nats) + "\n")
+    file.flush()
+
+  with file:
+    yield write
+  path.unlink(missing_ok=True)
 
 
 def figures(nats_W: np.ndarray, windows: Windows, corpus: Corpus) -> dict[str, Any]:
   """Computes every figure of a scored corpus.
+
+  A perplexity that is no float, such as that of a word where none are parted, is None.
 
   Returns:
     nats_per_token; its standard_error, and what it is over ("documents" or "windows", taken as
@@ -181,8 +195,8 @@ def figures(nats_W: np.ndarray, windows: Windows, corpus: Corpus) -> dict[str, A
   unit, units = independent_units(windows.document_W)
   bits = nats / math.log(2)
   return {
-    "token_perplexity": _exp(nats / tokens),
-    "word_perplexity": _exp(nats / corpus.words) if corpus.words else None,
+    "token_perplexity": perplexity_of(nats / tokens),
+    "word_perplexity": perplexity_of(nats / corpus.words) if corpus.words else None,
     "bits_per_byte": bits / corpus.bytes if corpus.bytes else None,
     "bits_per_character": bits / corpus.characters if corpus.characters else None,
     "nats_per_token": nats / tokens,
@@ -201,20 +215,10 @@ def figures(nats_W: np.ndarray, windows: Windows, corpus: Corpus) -> dict[str, A
   }
 
 
-def _exp(nats: float) -> float:
-  try:
-    return math.exp(nats)
-  except OverflowError as error:
-    raise DataError(
-      f"the text costs {nats:.0f} nats a unit, and its perplexity is no number; the model or its"
-      " tokenizer is not what it should be: see `gptjax doctor`"
-    ) from error
-
-
 def _transformers_perplexity(nats_W: np.ndarray, windows: Windows) -> float | None:
   scored_W = windows.scored_W
   is_whole_W = np.array([len(row.tokens) - 1 for row in windows.rows]) == scored_W
   weights_W = np.where(is_whole_W, scored_W, scored_W - 1)
   if not weights_W.sum():
     return None
-  return _exp(float((nats_W / scored_W * weights_W).sum() / weights_W.sum()))
+  return perplexity_of(float((nats_W / scored_W * weights_W).sum() / weights_W.sum()))

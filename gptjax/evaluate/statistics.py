@@ -1,4 +1,4 @@
-"""Standard errors of what is measured on text."""
+"""Perplexities and standard errors of what is measured on text."""
 
 import math
 
@@ -9,6 +9,14 @@ from scipy import stats
 CONFIDENCE = 0.95
 # With fewer documents than this, errors are estimated from windows.
 FEWEST_DOCUMENTS = 30
+
+
+def perplexity_of(nats: float) -> float | None:
+  """Returns exp(nats), or None where that is no float."""
+  try:
+    return math.exp(nats)
+  except OverflowError:
+    return None
 
 
 def independent_units(document_W: np.ndarray) -> tuple[str, np.ndarray]:
