@@ -203,7 +203,7 @@ def run_tasks(
   Args:
     model: what is scored.
     tasks: names, also with wildcards.
-    include_path: a folder of tasks beside the harness's own.
+    include_path: a folder of tasks; the harness's own are looked for if it lacks one.
     num_fewshot: shots; None is what each task says.
     limit: the first so many examples of each task; None is all.
     seed: of shots, and of texts that are drawn.
@@ -214,13 +214,7 @@ def run_tasks(
   """
   if include_path is not None and not os.path.isdir(include_path):
     raise ConfigError(f'include_path is "{include_path}", which is no folder')
-  manager = TaskManager(include_path=include_path)
-  for name in tasks:
-    if not manager.match_tasks([name]):
-      # There are thousands; all of them would be no help.
-      near = difflib.get_close_matches(name, manager.all_tasks, n=3)
-      hint = f"; the nearest are {', '.join(near)}" if near else ""
-      raise ConfigError(f'the harness has no task "{name}"{hint}')
+  manager = _find_tasks(tasks, include_path)
   try:
     return simple_evaluate(
       model=model,
@@ -236,6 +230,22 @@ def run_tasks(
     )
   except OSError as error:
     raise DataError(f"the data of a task cannot be read: {error}") from error
+
+
+def _find_tasks(tasks: Sequence[str], include_path: str | None) -> TaskManager:
+  """Lists the tasks of a folder, or, since that takes seconds, only then the harness's own too."""
+  if include_path is not None:
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if all(manager.match_tasks([name]) for name in tasks):
+      return manager
+  manager = TaskManager(include_path=include_path)
+  for name in tasks:
+    if not manager.match_tasks([name]):
+      # There are thousands; all of them would be no help.
+      near = difflib.get_close_matches(name, manager.all_tasks, n=3)
+      hint = f"; the nearest are {', '.join(near)}" if near else ""
+      raise ConfigError(f'the harness has no task "{name}"{hint}')
+  return manager
 
 
 def _progress(total: int, is_disabled: bool) -> tqdm:
