@@ -212,12 +212,13 @@ def test_bars_show_the_distribution_and_what_is_cut(page):
 
 
 def test_settings_are_used_kept_and_checked(page, server):
-  open_panel_without_text = page.locator("#toggle-panel")
-  open_panel_without_text.click()
+  page.click("#toggle-panel")
   page.fill("[name=count]", "3")
   page.fill("[name=num_tokens]", "2")
   write(page, "The king")
   assert len(press_tab(page)) == 3
+  # What the context has room for is no mistake of the reader's.
+  expect(page.locator("[name=max_tokens]")).to_have_value("24")
   page.reload()
   expect(page.locator("[name=count]")).to_have_value("3")
   page.fill("[name=count]", "99")

@@ -184,11 +184,14 @@ class Sessions:
 
 def warm_up(generator: Generator, report: Callable[[str], None]) -> None:
   """Compiles what the first key presses need; on the device thread."""
-  report("editor")
+  if generator.tokenizer is None:
+    return
+  report("compiling for the editor")
   tab, limit = Continuations(generator), generator.config.context_length
   tab.open([0] * min(sum(READ_AT_ONCE), limit - 1))
   tab.options(min(MAX_CONTINUATIONS, generator.config.vocab_size), 2)
-  tab.next_tokens(1)
+  # As the page has them at first.
+  tab.next_tokens(1, DecodingOptions(temperature=0.8, top_k=50, top_p=0.95))
   tab.surprise()
 
 

@@ -123,13 +123,17 @@ function makeItem({ probability, pieces, is_end: isEnd }, index) {
   const first = pieces.findIndex(piece => piece);
   const words = make("span", "words");
   words.append(
-    make("b", "", pieces.slice(0, first + 1).join("").replaceAll("\n", "↵\n")),
-    pieces.slice(first + 1).join("").replaceAll("\n", "↵\n"),
+    make("b", "", inOneLine(pieces.slice(0, first + 1))),
+    inOneLine(pieces.slice(first + 1)),
   );
   if (isEnd) words.append(make("i", "", first < 0 ? "the text ends here" : " end of the text"));
   else words.append(make("span", "quiet", "…"));
   item.append(share, words);
   return item;
+}
+
+function inOneLine(pieces) {
+  return pieces.join("").replaceAll("\n", " ↵ ");
 }
 
 export function make(name, className, text = "") {

@@ -301,7 +301,12 @@ async function loadModel() {
   }
   byId("model").textContent = `${model.name} · ${model.context_length.toLocaleString("en")} tokens`;
   reach.limit = model.max_characters;
-  form.elements.max_tokens.max = form.elements.num_tokens.max = model.max_new_tokens;
+  for (const field of [form.elements.max_tokens, form.elements.num_tokens]) {
+    field.max = model.max_new_tokens;
+    for (const name of ["defaultValue", "value"]) {
+      if (Number(field[name]) > model.max_new_tokens) field[name] = model.max_new_tokens;
+    }
+  }
   say("");
   if (!model.has_tokenizer) fail(new ServerError("this model has no tokenizer, so it cannot write here."));
   else insight.schedule(0);
