@@ -17,6 +17,7 @@ from gptjax.errors import ConfigError
 from gptjax.evaluate.detokenizers import DETOKENIZERS
 from gptjax.evaluate.protocol import DOCUMENTS, STARTS, TextProtocol
 from gptjax.evaluate.scoring import Scorer
+from gptjax.generate.kernels import WEIGHTS, round_to_int8
 from gptjax.parallel import make_parallel
 
 _TEXT_FLAGS = {
@@ -29,8 +30,14 @@ _TEXT_FLAGS = {
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-  """Adds --model, --tokenizer, --batch-size and --json."""
+  """Adds --model, --weights, --tokenizer, --batch-size and --json."""
   parser.add_argument("--model", required=True, help=MODEL_HELP)
+  parser.add_argument(
+    "--weights",
+    default="float32",
+    choices=WEIGHTS,
+    help="int8 scores the model as generation with --weights int8 has it",
+  )
   parser.add_argument("--tokenizer", help="file or folder to take instead of the model's own")
   parser.add_argument(
     "--batch-size", type=int, help="rows of a whole context in a batch; changes speed only"
@@ -85,14 +92,17 @@ def read_protocol(options: argparse.Namespace, base: TextProtocol) -> Any:
 def load_scorer(
   options: argparse.Namespace, dtype: str, name: str | None = None, tokenizer: str | None = None
 ) -> tuple[Loaded, Scorer]:
-  """Loads --model with --tokenizer, or another by name with its own, onto every local device."""
+  """Loads --model as its flags say, or another by name, onto every local device."""
   if options.batch_size is not None and options.batch_size < 1:
     raise ConfigError(f"--batch-size is {options.batch_size}; it must be at least 1")
   enable_compilation_cache()
   parallel = make_parallel("pmap", devices=jax.local_devices())
   if name is None:
-    name, tokenizer = options.model, options.tokenizer
-  model = load_model(name, dtype, parallel, tokenizer=tokenizer)
+    model = load_model(options.model, dtype, parallel, tokenizer=options.tokenizer)
+    if options.weights == "int8":
+      model = dataclasses.replace(model, params=round_to_int8(model.params))
+  else:
+    model = load_model(name, dtype, parallel, tokenizer=tokenizer)
   return model, Scorer(model, options.batch_size, parallel)
 
 

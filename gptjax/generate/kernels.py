@@ -91,9 +91,37 @@ def _prepare_layers(layers: PyTree, config: ModelConfig, weights: str) -> list[P
   return [map_named(prepare_leaf, layer) for layer in unstack_layers(layers, config)]
 
 
+@jax.jit
+def round_to_int8(params: PyTree) -> PyTree:
+  """Returns the tree with the numbers that `prepare(..., "int8")` keeps, in the tree's own dtypes.
+
+  So anything that reads parameters tells what int8 costs, such as a perplexity.
+  """
+
+  def round_leaf(name, leaf):
+    if not (name.startswith("decoder/layers/") and name.endswith("kernel")):
+      return leaf
+    whole, scale = _to_whole(leaf, axis=-2)
+    return (whole * scale).astype(leaf.dtype)
+
+  return map_named(round_leaf, params)
+
+
 def _quantize(kernel_OI: jax.Array) -> Int8:
-  """Rounds to the nearest of 255 whole multiples of a scale, by output."""
-  kernel_OI = kernel_OI.astype(jnp.float32)
-  largest_O = jnp.max(jnp.abs(kernel_OI), axis=1)
-  scale_O = jnp.where(largest_O > 0, largest_O, 1.0) / _LARGEST_INT8
-  return Int8(jnp.round(kernel_OI / scale_O[:, None]).astype(jnp.int8), scale_O)
+  whole_OI, scale_O1 = _to_whole(kernel_OI, axis=1)
+  return Int8(whole_OI.astype(jnp.int8), scale_O1[:, 0])
+
+
+def _to_whole(kernel: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+  """Rounds to the nearest of 255 whole multiples of a scale, one for each output.
+
+  Args:
+    axis: of the inputs.
+
+  Returns:
+    float32 (multiples, scales), of which the second has length 1 there.
+  """
+  kernel = kernel.astype(jnp.float32)
+  largest = jnp.max(jnp.abs(kernel), axis=axis, keepdims=True)
+  scale = jnp.where(largest > 0, largest, 1.0) / _LARGEST_INT8
+  return jnp.round(kernel / scale), scale
