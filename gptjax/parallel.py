@@ -227,7 +227,7 @@ class Parallel:
 
   def adopt(self, tree: PyTree) -> PyTree:
     """Puts arrays of this process, which may be on a device, where a state of their paths lives."""
-    return jax.device_put(tree, self._saved_shardings(tree))
+    return jax.device_put(tree, self._shardings(tree))
 
   def shard_batch(self, batch: PyTree, accumulation: int) -> PyTree:
     """Splits this process's rows among micro-batches and devices, and sends them there.
