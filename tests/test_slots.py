@@ -13,6 +13,7 @@ from gptjax.errors import UserError
 from gptjax.generate import programs
 from gptjax.generate.generator import Generator
 from gptjax.generate.options import DecodingOptions
+from gptjax.generate.slot_batch import Size, make_sizes
 from gptjax.generate.slots import Produced, Read, Slots
 
 REQUESTS = [
@@ -142,11 +143,25 @@ def test_slots_give_what_generate_gives(family):
     check_as_generated(slots._generator, *request, rows)
 
 
-def test_memory_stays_when_rows_come_and_go(slots):
-  shapes = [x.shape for x in jax.tree.leaves((slots._cache, slots._texts))]
-  first, second = serve(slots, REQUESTS), serve(slots, REQUESTS)
-  assert list(map(tokens_of, second.values())) == list(map(tokens_of, first.values()))
-  assert [x.shape for x in jax.tree.leaves((slots._cache, slots._texts))] == shapes
+def test_arrays_grow_at_once_and_shrink_in_time(slots):
+  request = [4, 5, 6], DecodingOptions(max_new_tokens=80, do_sample=True, seed=6)
+  alone = tokens_of(serve(slots, [request])[0, 0])
+  assert slots._batch.size.num_rows == 1
+  short = DecodingOptions(max_new_tokens=5)
+  _, _, [slot] = admit(slots, [9], short), admit(slots, [8], short), admit(slots, *request)
+  new, rows = [], []
+  while slots.active:
+    events = slots.step()
+    new += [one.token for one in events if isinstance(one, Produced) and one.slot == slot]
+    rows.append(slots._batch.size.num_rows)
+  assert new == alone
+  assert rows[0] == 3 and rows[-1] == 1 and 30 < rows.count(3) < 50
+
+
+def test_texts_for_short_positions_have_a_size_of_their_own():
+  assert make_sizes(1, 1024) == [Size(1, 1024)]
+  assert make_sizes(16, 1024) == [Size(1, 1024), Size(4, 1024), Size(16, 256), Size(16, 1024)]
+  assert make_sizes(6, 64) == [Size(1, 64), Size(4, 64), Size(6, 64)]
 
 
 def test_a_released_slot_is_used_again_without_a_trace(slots):
@@ -164,7 +179,7 @@ def test_a_released_slot_is_used_again_without_a_trace(slots):
 def test_progress_of_a_start_is_told(slots):
   told = []
   slots.warm_up(MOST, progress=lambda *done: told.append(done))
-  assert told == [(1, 3), (2, 3), (3, 3)]
+  assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,9 @@ class ControlsMaker:
 
   def __init__(self, vocab_size: int):
     self._vocab_size = vocab_size
-    self._seen: dict[str, np.ndarray] = {}
+    # Name -> (shape without rows, dtype) of the widest array.
+    self._seen: dict[str, tuple[tuple[int, ...], np.dtype]] = {}
+    self._num_rows = 0
 
   def make(
     self,
@@ -71,6 +73,7 @@ class ControlsMaker:
       options: of each row; IDLE where it is free.
       min_length_R, limit_R: each row's entries of `checks.Lengths`.
     """
+    self._num_rows = len(options)
     rules = make_rules(options, model_end_id=None, min_length_R=min_length_R, limit_R=limit_R)
     controls = Controls(
       rules=self._widen(rules),
@@ -115,19 +118,17 @@ class ControlsMaker:
     return made.replace(**arrays)
 
   def _keep_size(self, name: str, array: np.ndarray | None) -> np.ndarray | None:
-    seen = self._seen.get(name)
-    if seen is None:
-      seen = array
-    if seen is None:
-      return None
-    off = self._vocab_size if name == "top_k_R" else _NEUTRAL.get(name, -1)
-    shape = seen.shape if array is None else np.maximum(seen.shape, array.shape)
-    wide = np.full(shape, off, seen.dtype)
+    """Widens an array of all rows to the widest that there was of its name."""
     if array is not None:
-      width = wide.shape[-1] - array.shape[-1]
-      if name in _RIGHT_ALIGNED:
-        wide[:, : array.shape[1], width:] = array
-      else:
-        wide[tuple(map(slice, array.shape))] = array
-    self._seen[name] = wide
+      old, _ = self._seen.get(name, (array.shape[1:], array.dtype))
+      self._seen[name] = tuple(np.maximum(old, array.shape[1:])), array.dtype
+    if name not in self._seen:
+      return None
+    shape, dtype = self._seen[name]
+    off = self._vocab_size if name == "top_k_R" else _NEUTRAL.get(name, -1)
+    wide = np.full((self._num_rows, *shape), off, dtype)
+    if array is not None and name in _RIGHT_ALIGNED:
+      wide[:, : array.shape[1], wide.shape[2] - array.shape[2] :] = array
+    elif array is not None:
+      wide[tuple(map(slice, array.shape))] = array
     return wide

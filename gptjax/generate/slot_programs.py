@@ -1,4 +1,4 @@
-"""The compiled programs of slots; all of them take slots and lengths as values, not as shapes.
+"""The compiled programs of slots; rows, lengths and places are values in them, not shapes.
 
 Letters as in sampling.py; Q counts the tokens of a chunk.
 """
@@ -20,59 +20,14 @@ from gptjax.model.heads import lm_logits
 PyTree = Any
 
 
-@functools.partial(jax.jit, donate_argnames="texts")
-def write_row(
-  texts: Texts,
-  slot: jax.Array,
-  tokens_S: jax.Array,
-  length: jax.Array,
-  limit: jax.Array,
-  seed: jax.Array,
-  prompt_index: jax.Array,
-  copy: jax.Array,
-) -> Texts:
-  """Writes a prompt over what was in a slot; the row stays idle until it is marked.
-
-  While it is, steps write at its last token, which is read again before it counts.
-  """
-  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt_index), copy)
-  return texts.replace(
-    tokens_RS=texts.tokens_RS.at[slot].set(tokens_S),
-    prompt_length_R=texts.prompt_length_R.at[slot].set(length),
-    length_R=texts.length_R.at[slot].set(length),
-    limit_R=texts.limit_R.at[slot].set(limit),
-    finish_R=texts.finish_R.at[slot].set(sampling.LENGTH),
-    keys_R=texts.keys_R.at[slot].set(key),
-  )
-
-
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def read(
-  weights: PyTree,
-  tokens_1Q: jax.Array,
-  slot: jax.Array,
-  position: jax.Array,
-  cache: Cache,
-  config: ModelConfig,
+  weights: PyTree, tokens_1Q: jax.Array, position: jax.Array, cache: Cache, config: ModelConfig
 ) -> tuple[jax.Array, Cache]:
-  """Reads a chunk of a prompt into a slot; returns its hidden states [Q, D] and the cache."""
-  programs.report("reading into slots", tokens=tokens_1Q.shape[1])
-  row = jax.tree.map(lambda whole: jax.lax.dynamic_slice_in_dim(whole, slot, 1), cache)
-  hidden_1QD, row = extend(weights, tokens_1Q, position[None], row, config)
-  cache = jax.tree.map(
-    lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, slot, 0), cache, row
-  )
+  """Reads a chunk of a prompt; returns its hidden states [Q, D] and the cache, of one row."""
+  programs.report("reading prompts", tokens=tokens_1Q.shape[1])
+  hidden_1QD, cache = extend(weights, tokens_1Q, position[None], cache, config)
   return hidden_1QD[0], cache
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def copy_row(cache: Cache, source: jax.Array, target: jax.Array) -> Cache:
-  return jax.tree.map(lambda whole: whole.at[target].set(whole[source]), cache)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def set_value(array_R: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
-  return array_R.at[slot].set(value)
 
 
 @functools.partial(jax.jit, static_argnames=("num_alternatives", "config"))
@@ -88,6 +43,72 @@ def score(
   log_probs_QV = jax.nn.log_softmax(lm_logits(weights, hidden_QD, config), axis=-1)
   logprobs_QX, ids_QX = jax.lax.top_k(log_probs_QV, num_alternatives)
   return jnp.take_along_axis(log_probs_QV, targets_Q[:, None], axis=1)[:, 0], ids_QX, logprobs_QX
+
+
+@functools.partial(jax.jit, donate_argnames=("texts", "cache"))
+def join(
+  texts: Texts,
+  cache: Cache,
+  prompt_cache: Cache,
+  place: jax.Array,
+  tokens_S: jax.Array,
+  length: jax.Array,
+  limit: jax.Array,
+  seed: jax.Array,
+  prompt_index: jax.Array,
+  copy: jax.Array,
+) -> tuple[Texts, Cache]:
+  """Writes a prompt that was read over what was at a place, and has its row run."""
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt_index), copy)
+  texts = texts.replace(
+    tokens_RS=texts.tokens_RS.at[place].set(tokens_S),
+    prompt_length_R=texts.prompt_length_R.at[place].set(length),
+    length_R=texts.length_R.at[place].set(length),
+    limit_R=texts.limit_R.at[place].set(limit),
+    finish_R=texts.finish_R.at[place].set(sampling.RUNNING),
+    keys_R=texts.keys_R.at[place].set(key),
+  )
+  cache = jax.tree.map(
+    lambda whole, row: whole.at[place].set(row[0, :, : whole.shape[2]]), cache, prompt_cache
+  )
+  return texts, cache
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def stop(finish_R: jax.Array, place: jax.Array) -> jax.Array:
+  """Has a row end."""
+  return finish_R.at[place].set(sampling.LENGTH)
+
+
+@functools.partial(jax.jit, static_argnames="num_positions")
+def resize(
+  texts: Texts, cache: Cache, place_R: jax.Array, num_positions: int
+) -> tuple[Texts, Cache]:
+  """Moves rows to arrays of another size.
+
+  Args:
+    place_R: where each new row was; where it is negative, the new row is idle.
+    num_positions: of the new rows.
+  """
+  is_old_R = place_R >= 0
+
+  def move(array, axis):
+    taken = jnp.take(array, jnp.maximum(place_R, 0), axis=0)
+    room = max(0, num_positions - taken.shape[axis])
+    padded = jnp.pad(taken, [(0, room if i == axis else 0) for i in range(taken.ndim)])
+    return jax.lax.slice_in_dim(padded, 0, num_positions, axis=axis)
+
+  take = functools.partial(jnp.take, indices=jnp.maximum(place_R, 0), axis=0)
+  texts = texts.replace(
+    tokens_RS=move(texts.tokens_RS, 1),
+    logprobs_RS=move(texts.logprobs_RS, 1),
+    prompt_length_R=take(texts.prompt_length_R),
+    length_R=jnp.where(is_old_R, take(texts.length_R), 1),
+    limit_R=take(texts.limit_R),
+    finish_R=jnp.where(is_old_R, take(texts.finish_R), sampling.LENGTH),
+    keys_R=take(texts.keys_R),
+  )
+  return texts, jax.tree.map(lambda array: move(array, 2), cache)
 
 
 @functools.partial(
@@ -135,10 +156,27 @@ def step(
   return texts, cache, news
 
 
-def empty_cache(config: ModelConfig, num_rows: int, num_slots: int) -> Cache:
-  shape = (num_rows, config.num_heads, num_slots, config.head_width)
+def empty_cache(config: ModelConfig, num_rows: int, num_positions: int) -> Cache:
+  """Returns a cache of zeros."""
+  shape = (num_rows, config.num_heads, num_positions, config.head_width)
 
   def layers():
     return tuple(jnp.zeros(shape, config.compute_dtype) for _ in range(config.num_layers))
 
   return Cache(layers(), layers())
+
+
+def idle_texts(num_rows: int, num_positions: int) -> Texts:
+  """Returns rows that have ended; arrays of their own each, since they are donated."""
+  texts = sampling.new_texts(
+    jnp.zeros((num_rows, num_positions), jnp.int32),
+    jnp.ones(num_rows, jnp.int32),
+    jnp.ones(num_rows, jnp.int32),
+    jax.random.split(jax.random.key(0), num_rows),
+    None,
+    0,
+  )
+  return texts.replace(
+    length_R=jnp.ones(num_rows, jnp.int32),
+    finish_R=jnp.full(num_rows, sampling.LENGTH, jnp.int32),
+  )

@@ -1,20 +1,20 @@
 """Continuous batching: rows join a running batch, and leave it, while the others go on.
 
-A prompt is read into a slot a chunk at a time, between the steps of the rows that run, without
-choosing anything: the next step reads its last token again, with that of every other row, and
-chooses. So only the step depends on options, and it is compiled once for all: what a row does not
-use has the value that changes nothing, and what no row uses is stepped over.
+A prompt is read a chunk at a time, between the steps of the rows that run, without choosing
+anything: the next step reads its last token again, with that of every other row, and chooses. So
+only the step depends on options, and it is compiled once for all of them: what a row does not use
+has the value that changes nothing, and what no row uses is stepped over.
 
 Letters as in sampling.py; Q counts the tokens of a chunk.
 """
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gptjax.errors import ConfigError, DataError
@@ -22,6 +22,7 @@ from gptjax.generate import sampling, slot_programs
 from gptjax.generate.generator import Generator, draw_seed
 from gptjax.generate.options import DecodingOptions, strategy
 from gptjax.generate.sampling import Controls
+from gptjax.generate.slot_batch import SlotBatch, make_sizes
 from gptjax.generate.slot_controls import IDLE, ControlsMaker, Uses
 from gptjax.generate.writer import Writer
 
@@ -101,17 +102,20 @@ class Read:
 
 @dataclasses.dataclass
 class _Row:
+  """A slot in use; it runs where it has a place in the batch."""
+
   prompt: Prompt
   writer: Writer
-  is_running: bool = False
+  place: int | None = None
 
 
 @dataclasses.dataclass
 class _Reading:
-  """A prompt of which `position` tokens are read, into the first of its slots."""
+  """A prompt of which `position` tokens are read; its texts are numbered by `slots`."""
 
   prompt: Prompt
-  slots: list[int]
+  slots: dict[int, int]
+  prompt_index: int
   position: int = 0
   logprobs: list[float] = dataclasses.field(default_factory=list)
   alternatives: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
@@ -140,19 +144,9 @@ class Slots:
     self._maker = ControlsMaker(self._config.vocab_size)
     self._controls: tuple[Controls, Uses] | None = None
     self._num_alternatives = 0
-    self._cache = slot_programs.empty_cache(self._config, num_slots, num_positions)
-    # Arrays of their own: they are donated.
-    self._texts = sampling.new_texts(
-      jnp.zeros((num_slots, num_positions), jnp.int32),
-      jnp.ones(num_slots, jnp.int32),
-      jnp.ones(num_slots, jnp.int32),
-      jax.random.split(jax.random.key(0), num_slots),
-      None,
-      0,
-    ).replace(
-      length_R=jnp.ones(num_slots, jnp.int32),
-      finish_R=jnp.full(num_slots, sampling.LENGTH, jnp.int32),
-    )
+    self._prompt_cache = slot_programs.empty_cache(self._config, 1, num_positions)
+    sizes = make_sizes(num_slots, num_positions)
+    self._batch = SlotBatch(generator.weights, self._config, sizes)
 
   @property
   def num_free(self) -> int:
@@ -222,18 +216,11 @@ class Slots:
     if copies > len(free):
       raise ConfigError(f"{copies} texts need as many free slots, and there are {len(free)}")
     self._grow_alternatives(prompt.options.top_logprobs)
-    slots, seed = free[:copies], draw_seed(prompt.options)
-    tokens_S = np.zeros(self.num_positions, np.int32)
-    tokens_S[: len(prompt.ids)] = prompt.ids
-    length, limit = np.int32(len(prompt.ids)), np.int32(prompt.limit)
-    for copy, slot in enumerate(slots):
-      self._texts = slot_programs.write_row(
-        self._texts, np.int32(slot), tokens_S, length, limit, seed, prompt_index, copy
-      )
-      writer = Writer(self._generator.tokenizer, prompt.options.stop)
-      self._rows[slot] = _Row(prompt, writer)
-    self._readings.append(_Reading(prompt, list(slots)))
-    self._controls = None
+    slots = free[:copies]
+    for slot in slots:
+      self._rows[slot] = _Row(prompt, Writer(self._generator.tokenizer, prompt.options.stop))
+    copy_of = {slot: copy for copy, slot in enumerate(slots)}
+    self._readings.append(_Reading(prompt, copy_of, prompt_index))
     return slots
 
   def step(self) -> list[Produced | Read]:
@@ -242,42 +229,30 @@ class Slots:
     Slots whose texts end are free afterwards.
     """
     events: list[Produced | Read] = [*self._read_prompts()]
-    running = [slot for slot in self.active if self._rows[slot].is_running]
+    places = {slot: self._rows[slot].place for slot in self.active}
+    running = {slot: place for slot, place in places.items() if place is not None}
     if not running:
       return events
-    with jax.default_matmul_precision("highest"):
-      self._texts, self._cache, news = slot_programs.step(
-        self._generator.weights,
-        self._texts,
-        self._cache,
-        *self._current_controls(),
-        self._num_alternatives,
-        self._config,
-      )
-    arrays = jax.device_get(news)
-    events += [self._produce(slot, *(array[slot] for array in arrays)) for slot in running]
+    arrays = self._batch.step(*self._current_controls(), self._num_alternatives)
+    for slot, place in running.items():
+      events.append(self._produce(slot, *(array[place] for array in arrays)))
+    self._fit()
     return events
 
   def release(self, slot: int) -> None:
     """Frees a slot before its row has ended; one that is free stays so."""
-    if self._rows[slot] is None:
-      return
-    self._mark(slot, sampling.LENGTH)
-    # The step goes on with the controls it has: those of a row that has ended change nothing.
-    self._rows[slot] = None
     for reading in [reading for reading in self._readings if slot in reading.slots]:
-      if reading.slots[0] == slot and reading.position and len(reading.slots) > 1:
-        self._copy_row(slot, reading.slots[1])
-      reading.slots.remove(slot)
+      del reading.slots[slot]
       if not reading.slots:
         self._readings.remove(reading)
+    self._vacate(slot, has_ended=False)
 
   def warm_up(
     self,
     options: DecodingOptions,
     progress: Callable[[int, int], None] = lambda done, total: None,
   ) -> None:
-    """Compiles what reads prompts, and the step, while all is free.
+    """Compiles what reads prompts, and the step of every size, while all is free.
 
     Args:
       options: the step is ready for rows that use no more than these.
@@ -285,18 +260,24 @@ class Slots:
     """
     if self.active:
       raise ConfigError("slots are warmed up before they are used; release their rows first")
-    sizes = self._chunk_sizes
-    for done, size in enumerate(sizes, 1):
-      self._run_alone(DecodingOptions(), min(size, self.num_positions), is_continued=False)
-      progress(done, len(sizes) + 1)
-    self._run_alone(dataclasses.replace(options, num_return_sequences=1), 1)
-    self._copy_row(0, 0)
-    jax.block_until_ready(self._cache)
-    progress(len(sizes) + 1, len(sizes) + 1)
+    options = dataclasses.replace(options, num_return_sequences=1)
+    self._grow_alternatives(options.top_logprobs)
+    chunks, sizes = self._chunk_sizes, self._batch.sizes
+    total = len(chunks) + len(sizes)
+    for done, length in enumerate(chunks, 1):
+      self._run_alone(DecodingOptions(), min(length, self.num_positions), is_continued=False)
+      progress(done, total)
+    for done, size in enumerate(sizes, len(chunks) + 1):
+      self._batch.resize(size)
+      self._run_alone(options, 1)
+      progress(done, total)
+    for size, other in itertools.permutations(sizes, 2):
+      self._batch.resize(size)
+      self._batch.resize(other)
+    self._batch.resize(sizes[0])
 
   def _run_alone(self, options: DecodingOptions, length: int, is_continued: bool = True) -> None:
-    """Reads a prompt, scores it, and goes one step on."""
-    self._grow_alternatives(options.top_logprobs)
+    """Reads a prompt, scores it, and goes one step on, in arrays of the size that they have."""
     self.admit(self.check([0] * length, options, wants="scores", is_continued=is_continued))
     self.step()
     for slot in self.active:
@@ -334,10 +315,9 @@ class Slots:
     chunk = ids[start : start + size]
     tokens_1Q = np.zeros((1, size), np.int32)
     tokens_1Q[0, : len(chunk)] = chunk
-    weights, slot = self._generator.weights, np.int32(reading.slots[0])
     with jax.default_matmul_precision("highest"):
-      hidden_QD, self._cache = slot_programs.read(
-        weights, tokens_1Q, slot, np.int32(start), self._cache, self._config
+      hidden_QD, self._prompt_cache = slot_programs.read(
+        self._generator.weights, tokens_1Q, np.int32(start), self._prompt_cache, self._config
       )
     reading.position += len(chunk)
     if reading.prompt.wants == "scores":
@@ -360,19 +340,39 @@ class Slots:
       reading.logprobs.append(dict(pairs).get(target, float(logprob_Q[place])))
 
   def _finish_reading(self, reading: _Reading) -> Read:
-    first, *others = reading.slots
-    is_continued = reading.prompt.is_continued
-    for slot in others:
-      self._copy_row(first, slot)
-    for slot in reading.slots:
-      if is_continued:
-        self._mark(slot, sampling.RUNNING)
-        self._rows[slot].is_running = True
-      else:
+    prompt = reading.prompt
+    if prompt.is_continued:
+      self._fit(is_needed=True)
+      seed = draw_seed(prompt.options)
+      for slot, copy in reading.slots.items():
+        self._rows[slot].place = self._batch.join(
+          prompt.ids, prompt.limit, seed, reading.prompt_index, copy, self._prompt_cache
+        )
+      self._controls = None
+    else:
+      for slot in reading.slots:
         self._rows[slot] = None
-    is_embedded = reading.prompt.wants == "embedding"
-    mean_D = reading.sum_D / np.float32(len(reading.prompt.ids)) if is_embedded else None
-    return Read(reading.slots, reading.logprobs, reading.alternatives, mean_D, not is_continued)
+    is_embedded = prompt.wants == "embedding"
+    mean_D = reading.sum_D / np.float32(len(prompt.ids)) if is_embedded else None
+    return Read(
+      list(reading.slots),
+      reading.logprobs,
+      reading.alternatives,
+      mean_D,
+      is_last=not prompt.is_continued,
+    )
+
+  def _fit(self, is_needed: bool = False) -> None:
+    """Gives the batch the size that suits all rows that run, or will after they are read."""
+    rows = [row for row in self._rows if row is not None and row.prompt.is_continued]
+    if not rows:
+      return
+    longest = max(row.prompt.limit for row in rows)
+    moved = self._batch.fit(len(rows), longest, is_needed=is_needed)
+    if moved is not None:
+      for row in rows:
+        row.place = None if row.place is None else moved[row.place]
+      self._controls = None
 
   def _produce(self, slot: int, token, logprob, code, ids_X, logprobs_X) -> Produced:
     row, token, code = self._rows[slot], int(token), int(code)
@@ -380,21 +380,19 @@ class Slots:
     text = row.writer.step(token, is_last=is_last, is_end=is_end)
     reason = {sampling.RUNNING: None, sampling.LENGTH: "length"}.get(code, "stop")
     if row.writer.is_stopped:
-      self.release(slot)
       reason = "stop"
-    elif is_last:
-      self._rows[slot] = None
+    if reason is not None:
+      self._vacate(slot, has_ended=is_last)
     pairs = _pairs(ids_X, logprobs_X, row.prompt.options.top_logprobs)
     # The very number that stands among the alternatives.
     logprob = dict(pairs).get(token, float(logprob))
     return Produced(slot, token, logprob, pairs, text, reason, is_end)
 
-  def _copy_row(self, source: int, target: int) -> None:
-    self._cache = slot_programs.copy_row(self._cache, np.int32(source), np.int32(target))
-
-  def _mark(self, slot: int, code: int) -> None:
-    finish_R = slot_programs.set_value(self._texts.finish_R, np.int32(slot), np.int32(code))
-    self._texts = self._texts.replace(finish_R=finish_R)
+  def _vacate(self, slot: int, *, has_ended: bool) -> None:
+    # The step goes on with the controls it has: those of a row that has ended change nothing.
+    row, self._rows[slot] = self._rows[slot], None
+    if row is not None and row.place is not None:
+      self._batch.vacate(row.place, has_ended=has_ended)
 
   def _grow_alternatives(self, count: int) -> None:
     """Has programs find as many alternatives at a place, and keeps them so."""
@@ -403,7 +401,8 @@ class Slots:
 
   def _current_controls(self) -> tuple[Controls, Uses]:
     if self._controls is None:
-      prompts = [None if row is None else row.prompt for row in self._rows]
+      at = {row.place: row.prompt for row in self._rows if row is not None}
+      prompts = [at.get(place) for place in range(self._batch.size.num_rows)]
       self._controls = jax.device_put(
         self._maker.make(
           [IDLE if prompt is None else prompt.options for prompt in prompts],
