@@ -292,10 +292,34 @@ def test_write_on_samples_with_a_seed_and_stops(page):
     expect(page.locator("#status")).to_contain_text("seed 7")
     written.append(text(page))
   assert written[0] == written[1] and len(written[0]) > len("The king")
+  # Greedy, which the options of drawing have no part in.
+  page.fill("[name=temperature]", "0")
+  page.locator("#text").focus()
+  page.keyboard.press("Control+Enter")
+  expect(page.locator("#status")).to_have_text("Written")
+
+
+def test_writing_stops_for_whoever_wants_the_keyboard(page):
+  page.click("#toggle-panel")
   page.fill("[name=max_tokens]", "24")
-  page.click("#write")
-  page.keyboard.press("Escape")
-  expect(page.locator("#status")).to_contain_text("Stopped")
+  page.route("**/v1/completions", lambda route: None)  # it does not come
+  write(page, "The king")
+  ways = [
+    lambda: page.keyboard.press("Escape"),
+    lambda: page.keyboard.type("s"),
+    lambda: page.keyboard.press("ArrowLeft"),
+    lambda: page.click("#write"),
+    lambda: page.locator("[name=top_k]").focus(),
+  ]
+  for stop in ways:
+    with page.expect_request("**/v1/completions"):
+      page.locator("#text").focus()
+      page.keyboard.press("Control+Enter")
+    expect(page.locator("#write")).to_have_text("Stop")
+    stop()
+    expect(page.locator("#write")).to_contain_text("Write on")
+  expect(page.locator("[name=top_k]")).to_be_focused()
+  assert text(page) == "The kings"
 
 
 def test_errors_are_said_and_the_text_is_kept(page):

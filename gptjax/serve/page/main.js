@@ -13,13 +13,12 @@ const documents = new Documents();
 const reach = new Reach();
 const form = byId("settings");
 const THEMES = ["auto", "light", "dark"];
-const SAMPLING = [
-  "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty",
-  "no_repeat_ngram_size",
-];
+const RULES = ["temperature", "repetition_penalty", "no_repeat_ngram_size"];
+// Without effect, and so refused, where temperature 0 takes the likeliest token.
+const DRAWING = ["top_k", "top_p", "min_p", "typical_p", "seed"];
 const RETRY_MS = 2000;
 let model = null;
-let writing = null;
+let writing = null, writingAt = 0;
 // Escape lets the next Tab go where Tab goes elsewhere, so that the keyboard is never trapped.
 let tabLeaves = false;
 // What went wrong while looking at the text is no more said once looking works again.
@@ -85,27 +84,29 @@ async function writeOn() {
   if (writing) return writing.abort();
   choices.close();
   const stop = writing = new AbortController();
+  writingAt = sheet.cursor;
   byId("write").textContent = "Stop";
   say("Writing…");
   try {
     const text = place();
     read(await ask("editor/read", { session, text }, stop.signal));
-    const { max_tokens: wanted, seed, ...given } = options();
-    const chosen = Object.fromEntries(SAMPLING.map(name => [name, given[name]]));
+    const given = options();
+    const names = given.temperature ? [...RULES, ...DRAWING] : RULES;
+    const chosen = Object.fromEntries(names.map(name => [name, given[name]]));
     // The space before a word belongs to the word's token.
     let space = model.joins_spaces && /\S $/.test(text) ? 1 : 0;
     const sent = place();
     const body = {
       model: model.name, prompt: sent.slice(0, sent.length - space),
-      max_tokens: Math.min(wanted, model.max_new_tokens), ...chosen,
-      ...(seed === null ? {} : { seed }),
+      max_tokens: Math.min(given.max_tokens, model.max_new_tokens), ...chosen,
     };
     let drawn = null;
     for await (const piece of askStream("v1/completions", body, stop.signal)) {
       const written = piece.choices[0]?.text ?? "";
       drawn = piece.seed ?? drawn;
+      if (!written || stop.signal.aborted) continue;
       sheet.insert(space && written.startsWith(" ") ? written.slice(1) : written);
-      if (written) space = 0;
+      [space, writingAt] = [0, sheet.cursor];
     }
     say(drawn === null ? "Written" : `Written with seed ${drawn}`);
   } catch (error) {
@@ -171,11 +172,17 @@ sheet.textarea.addEventListener("keydown", onKey);
 sheet.textarea.addEventListener("input", onText);
 sheet.textarea.addEventListener("compositionstart", () => { choices.close(); writing?.abort(); });
 sheet.textarea.addEventListener("compositionend", () => insight.schedule());
-sheet.textarea.addEventListener("blur", () => choices.close());
+sheet.textarea.addEventListener("blur", () => {
+  // Another window has the focus, and the text will have it again.
+  if (document.activeElement === sheet.textarea) return;
+  choices.close();
+  writing?.abort();
+});
 sheet.textarea.addEventListener("focus", () => { tabLeaves = false; });
 document.addEventListener("selectionchange", () => {
   if (document.activeElement !== sheet.textarea || sheet.isComposing) return;
   if (choices.isActive && sheet.cursor !== choices.cursor) choices.close();
+  if (sheet.cursor !== writingAt) writing?.abort();
   if (!writing) insight.schedule();
 });
 
@@ -253,7 +260,9 @@ for (const part of [byId("panel"), byId("documents")]) {
   toggle(button, part, settings.load()[part.id] ?? (part.id === "documents" && innerWidth > 900));
 }
 
-byId("continue").addEventListener("pointerdown", event => event.preventDefault());
+for (const id of ["continue", "write"]) {
+  byId(id).addEventListener("pointerdown", event => event.preventDefault());
+}
 byId("continue").addEventListener("click", () => { sheet.textarea.focus(); press(); });
 byId("write").addEventListener("click", () => { sheet.textarea.focus(); writeOn(); });
 
