@@ -71,6 +71,7 @@ def test_adams_rate_falls_with_the_width_for_hidden_matrices_only():
     assert update == pytest.approx(-(0.25 if is_hidden else 1) - decay, rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_muons_updates_need_no_rule():
   model = make_model(64, True)
   optimizer = OptimizerConfig(name="muon", schedule="constant")

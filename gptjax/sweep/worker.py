@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import multiprocessing.connection
 import os
+import re
 import signal
 import sys
 import threading
@@ -106,7 +107,7 @@ def _reason(error: Exception) -> str:
   if isinstance(error, UserError):
     return message
   name = type(error).__name__
-  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in message:
+  if isinstance(error, MemoryError) or re.search("RESOURCE_EXHAUSTED|out of memory", message, re.I):
     return f"out of memory: {message or name}"[:500]
   return f"{name}: {message}"[:500]
 
@@ -118,14 +119,14 @@ def _log_to(path: Path) -> Iterator[None]:
   sys.stderr.flush()
   kept = os.dup(2)
   try:
-    with open(path, "ab") as file:
+    with open(path, "a", buffering=1) as file, contextlib.redirect_stderr(file):
       os.dup2(file.fileno(), 2)
-    yield
-  except Exception:
-    traceback.print_exc()
-    raise
+      try:
+        yield
+      except Exception:
+        traceback.print_exc()
+        raise
   finally:
-    sys.stderr.flush()
     os.dup2(kept, 2)
     os.close(kept)
 
