@@ -2,13 +2,17 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_rendezvous import free_port
 
 from gptjax.batch import Batch
 from gptjax.checkpoint.models import load_model, save_run
@@ -361,6 +365,31 @@ def test_seeds_are_runs_beside_each_other_and_go_on(folder, capsys):
   assert finetune(folder, folder / "seeds", *overrides) == 0
   assert json.loads((folder / "seeds" / "results.json").read_text()) == results
   assert "nothing to do" in capsys.readouterr().err
+
+
+def start_process(folder, workdir, port, process_id, *overrides):
+  settings = (f"train.coordinator=127.0.0.1:{port}", "train.num_processes=2",
+              f"train.process_id={process_id}", "train.host_devices=2", *overrides)  # fmt: skip
+  command = [sys.executable, "-m", "gptjax", "finetune", "--config", f"{folder}/experiment.py"]
+  command += ["--workdir", str(workdir), *(f"--config.{setting}" for setting in settings)]
+  environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "2"}
+  return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["pmap", "mesh"])
+def test_two_processes_learn_and_predict_what_one_does(mode, folder):
+  overrides = ("train.num_steps=2", "train.batch_rows=10", "finetune.classifier_dropout=0.0",
+               *(f"model.{part}_dropout=0.0" for part in ("embedding", "attention", "residual")),
+               f"train.mode={mode}")  # fmt: skip
+  assert finetune(folder, folder / f"one {mode}", *overrides) == 0
+  port = free_port()
+  processes = [start_process(folder, folder / f"two {mode}", port, i, *overrides) for i in (0, 1)]
+  messages = [process.communicate(timeout=600)[1] for process in processes]
+  assert [process.returncode for process in processes] == [0, 0], messages
+  one, two = (RunDirectory(folder / f"{name} {mode}").read_results() for name in ("one", "two"))
+  assert two["examples"] == one["examples"]
+  assert two["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], rel=1e-4)
 
 
 def test_means_deviations_and_paired_differences():
