@@ -25,8 +25,13 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def cells(model):
-  return make_heatmap(TEXT, model, make_scorer(model), Protocol(stride=24), 3)
+def scorer(model):
+  return make_scorer(model)
+
+
+@pytest.fixture(scope="module")
+def cells(model, scorer):
+  return make_heatmap(TEXT, model, scorer, Protocol(stride=24), 3)
 
 
 def test_cells_join_to_the_text_with_the_surprise_of_the_reference(model, cells):
@@ -41,16 +46,16 @@ def test_cells_join_to_the_text_with_the_surprise_of_the_reference(model, cells)
     assert probabilities[0] >= 2**-cell.bits - 1e-6
 
 
-def test_only_so_many_tokens(model):
-  cells = make_heatmap(TEXT, model, make_scorer(model), Protocol(), num_tokens=9)
+def test_only_so_many_tokens(model, scorer):
+  cells = make_heatmap(TEXT, model, scorer, Protocol(), 3, num_tokens=9)
   assert "".join(cell.text for cell in cells) == TEXT[:9]
 
 
-def test_a_start_token_lets_the_first_token_be_known(model):
-  cells = make_heatmap("ab", model, make_scorer(model), Protocol(start="end"))
+def test_a_start_token_lets_the_first_token_be_known(model, scorer):
+  cells = make_heatmap("ab", model, scorer, Protocol(start="end"), 3)
   assert [cell.bits is None for cell in cells] == [False, False]
   with pytest.raises(DataError, match="the text has one token"):
-    make_heatmap("a", model, make_scorer(model), Protocol())
+    make_heatmap("a", model, scorer, Protocol(), 3)
 
 
 def test_tokens_of_one_character_share_a_cell():

@@ -88,7 +88,13 @@ def test_text_is_put_back_as_people_write_it(name):
 
 
 @needs_shared
-@pytest.mark.parametrize(("path", "name"), [(WIKITEXT, "wikitext"), (LAMBADA, "treebank")])
+@pytest.mark.parametrize(
+  ("path", "name"),
+  [
+    (WIKITEXT, "wikitext"),
+    pytest.param(LAMBADA, "treebank", marks=pytest.mark.slow),
+  ],
+)
 def test_nothing_is_lost_by_a_detokenizer(path, name):
   """Different lines stay different, and no letter or digit goes: so the parted text is known."""
   lines = [line for line in path.read_text().split("\n") if line.strip()]
@@ -129,10 +135,7 @@ FIXTURES = {
 
 @pytest.mark.parametrize(
   "name",
-  [
-    name if name in ("1bw", "enwik8") else pytest.param(name, marks=pytest.mark.slow)
-    for name in FIXTURES
-  ],
+  [name if name == "1bw" else pytest.param(name, marks=pytest.mark.slow) for name in FIXTURES],
 )
 def test_a_benchmark_divides_by_the_original(model, scorer, tmp_path, name):
   """Fixture: lines in the format of the benchmark, since its files are not here."""
@@ -253,6 +256,7 @@ def test_lambada_says_what_it_cannot_do(model, scorer, tmp_path):
   assert said == ["1 passages are longer than the context of the model and lose their beginnings"]
 
 
+@pytest.mark.slow
 @needs_shared
 def test_the_passages_of_lambada_are_parted_at_their_last_word():
   lines = LAMBADA.read_text().splitlines()

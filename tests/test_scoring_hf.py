@@ -106,7 +106,7 @@ def recipe(model, ids, max_length, stride):
   return math.exp(nll_sum / n_tokens), n_tokens
 
 
-@pytest.mark.parametrize(("context", "stride"), [(24, 24), (24, 12), (24, 5), (16, 8)])
+@pytest.mark.parametrize(("context", "stride"), [(24, 24), (24, 23), (24, 12), (16, 5)])
 def test_strided_perplexity_is_that_of_the_recipe(hf, tmp_path, context, stride):
   """Theirs weighs a window by a token less than it averages over; both weightings are reported."""
   model, text = make_loaded(), make_text(230)

@@ -216,9 +216,8 @@ def figures(nats_W: np.ndarray, windows: Windows, corpus: Corpus) -> dict[str, A
 
 
 def _transformers_perplexity(nats_W: np.ndarray, windows: Windows) -> float | None:
-  scored_W = windows.scored_W
-  is_whole_W = np.array([len(row.tokens) - 1 for row in windows.rows]) == scored_W
-  weights_W = np.where(is_whole_W, scored_W, scored_W - 1)
+  weights_W = windows.new_W - 1
   if not weights_W.sum():
     return None
-  return perplexity_of(float((nats_W / scored_W * weights_W).sum() / weights_W.sum()))
+  means_W = nats_W / windows.scored_W
+  return perplexity_of(float(means_W @ weights_W / weights_W.sum()))

@@ -17,10 +17,13 @@ class Windows:
   Attributes:
     rows: in the order of the text.
     document_W: int64, the document of each.
+    new_W: int64, tokens that no window before holds; all are scored but a document's first, and
+      those that a window begins with.
   """
 
   rows: list[Row]
   document_W: np.ndarray
+  new_W: np.ndarray
 
   @property
   def scored_W(self) -> np.ndarray:
@@ -35,12 +38,16 @@ def cut_windows(corpus: Corpus, protocol: Protocol) -> Windows:
     corpus: documents of two tokens or more.
     protocol: resolved.
   """
-  rows, document = [], []
-  for index, ids in enumerate(corpus.documents):
-    cut = [row for _, row in _cut_document(ids, protocol)]
-    rows += cut
-    document += [index] * len(cut)
-  return Windows(rows, np.array(document, np.int64))
+  cut = [
+    (index, window)
+    for index, ids in enumerate(corpus.documents)
+    for window in _cut_document(ids, protocol)
+  ]
+  return Windows(
+    [window.row for _, window in cut],
+    np.array([index for index, _ in cut], np.int64),
+    np.array([window.num_new for _, window in cut], np.int64),
+  )
 
 
 def score_tokens(
@@ -62,16 +69,16 @@ def score_tokens(
     the log-probability is NaN.
   """
   cut = [
-    (index, end, row)
+    (index, window)
     for index, ids in enumerate(documents)
-    for end, row in _cut_document(ids, protocol)
+    for window in _cut_document(ids, protocol)
   ]
   found = [_unknown(len(ids), num_alternatives) for ids in documents]
-  scored = scorer.score([row for *_, row in cut], num_alternatives, advance)
-  for (index, end, row), scores in zip(cut, scored, strict=True):
+  scored = scorer.score([window.row for _, window in cut], num_alternatives, advance)
+  for (index, window), scores in zip(cut, scored, strict=True):
+    places = slice(window.end - window.row.num_scored, window.end)
     for field in dataclasses.fields(Scores):
-      of_document = getattr(found[index], field.name)
-      of_document[end - row.num_scored : end] = getattr(scores, field.name)
+      getattr(found[index], field.name)[places] = getattr(scores, field.name)
   return found
 
 
@@ -84,8 +91,17 @@ def _unknown(length: int, num_alternatives: int) -> Scores:
   )
 
 
-def _cut_document(ids: np.ndarray, protocol: Protocol) -> Iterator[tuple[int, Row]]:
-  """Yields the end of each window, and its row.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Window:
+  """A row, where it ends in its document, and how many of its tokens no window before holds."""
+
+  row: Row
+  end: int
+  num_new: int
+
+
+def _cut_document(ids: np.ndarray, protocol: Protocol) -> Iterator[_Window]:
+  """Yields the windows that have something to score.
 
   Source: transformers' documentation, "Perplexity of fixed-length models".
   """
@@ -95,7 +111,7 @@ def _cut_document(ids: np.ndarray, protocol: Protocol) -> Iterator[tuple[int, Ro
     # The first token of a window has nothing before it there.
     num_scored = end - max(scored_to, start + 1)
     if num_scored:
-      yield end, Row(ids[start:end], num_scored)
+      yield _Window(Row(ids[start:end], num_scored), end, end - scored_to)
     scored_to = end
     if end == len(ids):
       return
