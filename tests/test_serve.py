@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 from serving import LIMITS, make_generator, serve
 from starlette.testclient import TestClient
+from task_models import make_model
 
+from gptjax.data.examples import Example
+from gptjax.evaluate.classify import Classifier
+from gptjax.evaluate.predictions import describe_predictions
 from gptjax.generate.generator import Generator
 from gptjax.generate.options import DecodingOptions
 from gptjax.generate.slots import Produced, Prompt
@@ -31,8 +35,13 @@ def generator():
 
 
 @pytest.fixture(scope="module")
-def server(generator):
-  with serve(generator) as both:
+def classifier(tmp_path_factory):
+  return Classifier(make_model(tmp_path_factory.mktemp("task"), "entailment", max_length=12))
+
+
+@pytest.fixture(scope="module")
+def server(generator, classifier):
+  with serve(generator, classifier=classifier) as both:
     yield both
 
 
@@ -377,6 +386,25 @@ def test_embeddings_are_directions(client, generator):
   assert refused(client.post("/v1/embeddings", json={"input": "x" * 500}))
 
 
+def test_what_a_model_was_taught_is_told(client, classifier):
+  items = [{"text": "abc", "text2": "ha"}, {"text": "ab cd", "text2": "ef"}]
+  examples = [Example(str(i), (x["text"],), (x["text2"],)) for i, x in enumerate(items)]
+  expected = describe_predictions(classifier.task, examples, classifier.outputs(examples))
+  answer = client.post("/classify", json={"input": items})
+  assert answer.status_code == 200, answer.text
+  for found, one in zip(answer.json()["data"], expected, strict=True):
+    assert found["label"] == one["label"]
+    np.testing.assert_allclose(
+      list(found["probabilities"].values()), list(one["probabilities"].values()), rtol=1e-5
+    )
+  for wrong, said in (
+    ("abc", "needs text2"),
+    ([items[0], items[0] | {"choices": ["a", "b"]}], "choices has no effect"),
+    ([items[0] | {"text": " "}], "empty text"),
+  ):
+    assert said in refused(client.post("/classify", json={"input": wrong}))
+
+
 def test_texts_and_ids(client, generator):
   text = "hello 今日"
   answer = client.post("/tokenize", json={"prompt": text}).json()
@@ -534,6 +562,7 @@ def test_without_a_tokenizer_ids_are_all(generator):
   bare = Generator.__new__(Generator)
   bare.__dict__.update(generator.__dict__ | {"tokenizer": None})
   with serve(bare) as (client, _):
+    assert "not fine-tuned" in refused(client.post("/classify", json={"input": "x"}))
     choice = complete(client, prompt=[5, 6], max_tokens=3, logprobs=1, **GREEDY)["choices"][0]
     assert choice["text"] == "" and choice["logprobs"]["tokens"][0].startswith("token_id:")
     for path, body in (

@@ -1,12 +1,10 @@
 """`gptjax serve`: an OpenAI-compatible API of a model, and the editor page."""
 
 import argparse
-import functools
 import os
 from pathlib import Path
 
-from gptjax.api import load
-from gptjax.checkpoint.resolve import resolve_model
+from gptjax.checkpoint.models import to_stderr
 from gptjax.cli.arguments import MODEL_HELP
 from gptjax.cli.compilation import enable_compilation_cache
 from gptjax.errors import ConfigError
@@ -38,25 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
   try:
-    from gptjax.serve import app, chat_template, editor, engine, served, server
+    from gptjax.serve import app, engine, server
   except ImportError as error:
     raise ConfigError(f'{error}; install what serving needs: pip install "gptjax[serve]"') from None
   limits = engine.Limits(
     options.num_slots, options.num_positions, options.max_queue, options.time_limit
   )
   access = app.Access(_read_key(options.api_key_file), tuple(options.cors_origin or ()))
+  # An address that cannot be had is known before a model is loaded.
+  server.bind(options.host, options.port).close()
   enable_compilation_cache()
-  model = load(options.model)
-  path = Path(resolve_model(options.model).path)
-  roles = {} if model.tokenizer is None else model.tokenizer.roles
-  template = chat_template.read_template(path if path.is_dir() else path.parent, roles)
-  name = options.model_name or Path(options.model.rstrip("/")).name
-  generator = model.generator(options.weights)
-  # The generator has the weights in its own layout; they need not be kept twice.
-  del model
-  runs = engine.Engine(generator, name, limits, functools.partial(editor.warm_up, generator))
-  page = app.make_app(served.Served(runs, (options.model,), template), access)
-  return server.run(page, runs, options.host, options.port, options.time_limit)
+  name, weights = options.model_name or "", options.weights
+  served = server.load_served(options.model, name, weights, limits, to_stderr)
+  return server.run(served, access, options.host, options.port, to_stderr)
 
 
 def _read_key(path: str | None) -> str | None:

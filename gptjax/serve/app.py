@@ -10,6 +10,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 from gptjax import __version__
 from gptjax.serve.chat import make_chat
+from gptjax.serve.classify import make_classify
 from gptjax.serve.completions import make_completions
 from gptjax.serve.connection import Gate
 from gptjax.serve.editor import make_editor, make_pages
@@ -18,6 +19,16 @@ from gptjax.serve.inspection import make_embeddings, make_health, make_models, m
 from gptjax.serve.served import Served
 
 _OPEN_PATHS = frozenset({"/health", "/openapi.json"})
+_MAKERS = (
+  make_completions,
+  make_chat,
+  make_embeddings,
+  make_classify,
+  make_models,
+  make_tokens,
+  make_health,
+  make_editor,
+)
 _DESCRIPTION = "The completions, chats and embeddings of OpenAI's API, from a model of one's own."
 
 
@@ -53,8 +64,7 @@ def make_app(served: Served, access: Access = Access()) -> FastAPI:
     docs_url=None,
     redoc_url=None,
   )
-  makers = (make_completions, make_chat, make_embeddings, make_models, make_tokens, make_health)
-  for make in (*makers, make_editor):
+  for make in _MAKERS:
     app.include_router(make(served))
   pages = make_pages()
   app.include_router(pages)

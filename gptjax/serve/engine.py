@@ -17,6 +17,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
+from gptjax.checkpoint.models import to_stderr
 from gptjax.errors import ConfigError
 from gptjax.generate.generator import Generator
 from gptjax.generate.options import DecodingOptions
@@ -132,7 +133,7 @@ class Engine:
     generator: the model.
     model_name: what requests call it.
     limits: how much is taken on.
-    warm_up: what else is compiled before the engine is ready, called on its thread with `report`.
+    warm_ups: what else its thread does before it is ready, each called with `report`.
     report: takes lines about the start, and what fails.
 
   Attributes:
@@ -145,13 +146,13 @@ class Engine:
     generator: Generator,
     model_name: str,
     limits: Limits = Limits(),
-    warm_up: Callable[[Callable[[str], None]], None] = lambda report: None,
-    report: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    warm_ups: Sequence[Callable[[Callable[[str], None]], None]] = (),
+    report: Callable[[str], None] = to_stderr,
   ):
     self.generator, self.model_name, self.limits = generator, model_name, limits
     self.num_positions = limits.num_positions or generator.config.context_length
     self.metrics = Metrics(lambda: len(self._waiting), lambda: len(self._running))
-    self._warm_up_more, self._report = warm_up, report
+    self._warm_ups, self._report = warm_ups, report
     self._status = "starting"
     self._slots = Slots(generator, limits.num_slots, self.num_positions)
     self._wake = threading.Condition()
@@ -270,7 +271,8 @@ class Engine:
       self._report(f"compiled {done} of {total} programs for {self.model_name}, {seconds:.0f} s")
 
     self._slots.warm_up(_most_options(self.generator.config.vocab_size), progress)
-    self._warm_up_more(self._report)
+    for warm_up in self._warm_ups:
+      warm_up(self._report)
 
   def _tick(self) -> bool:
     """One turn of the thread; returns whether there is to be another one."""

@@ -8,9 +8,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from gptjax.generate.options import DecodingOptions
-from gptjax.generate.slots import Read
+from gptjax.generate.slots import Prompt
 from gptjax.serve.connection import while_connected
-from gptjax.serve.engine import Call
+from gptjax.serve.engine import Engine
 from gptjax.serve.failures import failures
 from gptjax.serve.schemas import (
   Detokenized,
@@ -62,7 +62,7 @@ def make_embeddings(served: Served) -> APIRouter:
     prompts = await engine.check(
       served.read_prompts(body.input), DecodingOptions(), wants="embedding", is_continued=False
     )
-    vectors = await while_connected(request, _read_all(engine.submit(prompts)))
+    vectors = await while_connected(request, _read_all(engine, prompts))
     count = sum(len(prompt.ids) for prompt in prompts)
     is_text = body.encoding_format == "base64"
     return Embeddings(
@@ -113,15 +113,14 @@ def make_health(served: Served) -> APIRouter:
   return router
 
 
-async def _read_all(call: Call) -> Sequence[np.ndarray]:
+async def _read_all(engine: Engine, prompts: Sequence[Prompt]) -> list[np.ndarray]:
   """Returns the embedding of each prompt, of length 1."""
   found: dict[int, np.ndarray] = {}
-  async for events in call.events():
+  async for events in engine.submit(prompts).events():
     for event in events:
-      if isinstance(event.news, Read):
-        mean_D = event.news.mean_D
-        found[event.prompt] = mean_D / max(np.linalg.norm(mean_D), np.float32(1e-12))
-  return [found[index] for index in range(len(call.prompts))]
+      mean_D = event.news.mean_D
+      found[event.prompt] = mean_D / max(np.linalg.norm(mean_D), np.float32(1e-12))
+  return [found[index] for index in range(len(prompts))]
 
 
 def _encode(vector_D: np.ndarray) -> str:

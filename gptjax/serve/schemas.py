@@ -255,6 +255,25 @@ class EmbeddingRequest(Strict):
   )
 
 
+class Classified(Strict):
+  """A text, and what a task may need beside it."""
+
+  text: str = Field(description="also the premise, the first text, or the context")
+  text2: str | None = Field(default=None, description="the hypothesis or second text")
+  choices: Annotated[list[str], Field(max_length=MAX_LISTED)] | None = Field(
+    default=None, description="answers to choose from"
+  )
+
+
+class ClassifyRequest(Strict):
+  """A request for what a fine-tuned model tells of texts."""
+
+  input: str | Annotated[list[str | Classified], Field(min_length=1, max_length=MAX_PROMPTS)] = (
+    Field(description="a text or several; with text2 or choices, as the task needs them")
+  )
+  model: str | None = None
+
+
 class TokenizeRequest(Strict):
   """A request for the ids of a text."""
 
@@ -415,6 +434,25 @@ class Embeddings(BaseModel):
   data: list[Embedding]
   model: str
   usage: Usage
+
+
+class Classification(BaseModel):
+  """What is told of a text: a label and the probability of each, or a score."""
+
+  index: int
+  label: str | int | None = Field(
+    default=None, description="the likeliest class, or number of the answer"
+  )
+  probabilities: dict[str, float] | list[float] | None = None
+  score: float | None = None
+
+
+class Classes(BaseModel):
+  """What is told of each text."""
+
+  object: Literal["list"] = "list"
+  data: list[Classification]
+  model: str
 
 
 class ModelCard(BaseModel):

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from gptjax.errors import DataError
+from gptjax.evaluate.classify import Classifier
 from gptjax.serve.chat_template import ChatTemplate
 from gptjax.serve.engine import Engine
 from gptjax.serve.failures import ApiError
@@ -22,12 +23,14 @@ class Served:
     engine: what runs it.
     aliases: names that requests may call it, beside `engine.model_name`.
     template: what makes a prompt of a chat.
+    classifier: of a model that was fine-tuned on a task, else None.
     created: when it was loaded, in seconds since 1970.
   """
 
   engine: Engine
   aliases: tuple[str, ...] = ()
   template: ChatTemplate = ChatTemplate()
+  classifier: Classifier | None = None
   created: int = dataclasses.field(default_factory=lambda: int(time.time()))
 
   @staticmethod
