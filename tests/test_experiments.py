@@ -9,6 +9,7 @@ from gptjax.config import (
   from_config_dict,
   from_json,
   load_experiment,
+  load_experiment_module,
   load_variants,
   to_json,
 )
@@ -16,6 +17,7 @@ from gptjax.data.task_format import FAMILIES
 from gptjax.data.tasks import load_task
 from gptjax.errors import ConfigError
 from gptjax.model.parameters import init_parameters
+from gptjax.sweep.config import make_plan
 from gptjax.train.config import PretrainConfig
 from gptjax.train.finetune_config import FinetuneConfig
 
@@ -99,6 +101,17 @@ def test_variants_change_what_they_say_and_keep_what_the_user_says():
   assert not scratch.finetune.pretrained and scratch.finetune.lm_coefficient == 0.5
   without_loss, _ = variants["pretrained, without LM loss"]
   assert without_loss.finetune.pretrained and without_loss.finetune.lm_coefficient == 0.0
+
+
+SWEEPS = [path for path in PATHS if hasattr(load_experiment_module(str(path)), "get_sweep")]
+
+
+@pytest.mark.parametrize("arg", ["", "tiny"])
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_every_point_of_a_sweep_is_a_config(path, arg):
+  plan = make_plan(f"{path}:{arg}", {})
+  assert plan.trials >= (4 if arg else 12)
+  assert len({to_json(plan.config(setting, 0)) for setting in plan.settings}) == len(plan.settings)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from benchmarks import sweep as sweep_benchmark
 from gptjax.checkpoint.run_directory import RunDirectory
 from gptjax.cli.main import main
 from gptjax.config import from_config_dict, load_experiment, load_experiment_module
@@ -292,3 +293,21 @@ def test_a_sweep_whose_data_are_missing_ends_before_its_first_trial(tmp_path, ca
   assert "nowhere.txt" in capsys.readouterr().err.splitlines()[-1]
   assert not (tmp_path / "run" / "trials").exists()
   assert json.dumps(make_plan(str(path), {}).trials) == "4"
+
+
+def test_the_benchmark_of_halving_judges_by_seeds():
+  def row(seed, random_best, halving_best, halving_trials=30):
+    random = {"trials": 10, "seconds": 100.0, "best": random_best}
+    return {
+      "seed": seed,
+      "random": random,
+      "halving": {"trials": halving_trials, "seconds": 120.0, "best": halving_best},
+    }
+
+  summary = sweep_benchmark.summarise([row(0, 2.0, 1.9), row(1, 2.0, 2.0), row(2, 2.0, 2.1)])
+  assert summary["trials_ratio"] == pytest.approx(2.5)
+  assert summary["best_loss_difference"] == pytest.approx(0, abs=1e-12)
+  assert summary["standard_error"] == pytest.approx(0.1 / 3**0.5)
+  assert summary["is_met"]
+  assert not sweep_benchmark.summarise([row(0, 2.0, 2.1), row(1, 2.0, 2.1)])["is_met"]
+  assert not sweep_benchmark.summarise([row(0, 2.0, 1.9, 20), row(1, 2.0, 1.9)])["is_met"]
