@@ -102,7 +102,7 @@ def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
 def loss_chart(metrics: Sequence[Mapping[str, Any]], unit: str) -> str:
   """Draws the loss in training and validation."""
   lines = [
-    _noisy(metrics, "training", "train_loss"),
+    noisy(metrics, "training", "train_loss"),
     evaluated(metrics, "validation", "valid_loss"),
   ]
   return line_chart("Loss", lines, y_label=unit)
@@ -111,15 +111,15 @@ def loss_chart(metrics: Sequence[Mapping[str, Any]], unit: str) -> str:
 def progress_charts(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
   """Draws learning rate, gradient norm, and speed."""
   rate = _series(metrics, "learning rate", "learning_rate")
-  norm = _noisy(metrics, "gradient norm", "grad_norm")
-  speed = _noisy(metrics, "tokens per second", "tokens_per_second")
+  norm = noisy(metrics, "gradient norm", "grad_norm")
+  speed = noisy(metrics, "tokens per second", "tokens_per_second")
   charts = [
     line_chart("Learning rate", [rate], y_range=(0, None)),
     line_chart("Gradient norm", [norm], y_label="before clipping", is_log=True),
     line_chart("Throughput", [speed], y_label="tokens per second", y_range=(0, None)),
   ]
   if any(_is_finite(line, "mfu") for line in metrics):
-    mfu = _noisy(metrics, "MFU", "mfu")
+    mfu = noisy(metrics, "MFU", "mfu")
     title = "Model FLOPs utilisation"
     charts.append(line_chart(title, [mfu], y_label="fraction of the peak", y_range=(0, None)))
   return charts
@@ -130,7 +130,8 @@ def evaluated(metrics: Sequence[Mapping[str, Any]], name: str, key: str) -> Seri
   return _series(metrics, name, key, has_markers=True)
 
 
-def _noisy(metrics: Sequence[Mapping[str, Any]], name: str, key: str) -> Series:
+def noisy(metrics: Sequence[Mapping[str, Any]], name: str, key: str) -> Series:
+  """Returns the smoothed line of a value of every update."""
   return _series(metrics, name, key, smoothing=SMOOTHED_POINTS)
 
 

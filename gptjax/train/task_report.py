@@ -13,6 +13,7 @@ from gptjax.evaluate.task_metrics import class_metrics, confusion_table, task_me
 from gptjax.train.run_report import (
   evaluated,
   loss_chart,
+  noisy,
   origin_section,
   progress_charts,
   samples_section,
@@ -79,7 +80,7 @@ def _charts(metrics: Sequence[Mapping[str, Any]], data: TaskData) -> list[str]:
     line_chart("Validation", [evaluated(metrics, name[6:], name) for name in names]),
   ]
   if any("train_lm_loss" in line for line in metrics):
-    lm_loss = evaluated(metrics, "training", "train_lm_loss")
+    lm_loss = noisy(metrics, "training", "train_lm_loss")
     charts.append(line_chart("Language model", [lm_loss], y_label="nats per token"))
   return charts + progress_charts(metrics)
 
