@@ -152,7 +152,10 @@ def _asserts(node):
   if not isinstance(node, ast.Call):
     return isinstance(node, ast.Assert)
   name = getattr(node.func, "attr", getattr(node.func, "id", ""))
-  return name in ("raises", "warns") or name.startswith(("assert_", "check_"))
+  # The last two are of Playwright's expect(...).
+  return name in ("raises", "warns") or name.startswith(
+    ("assert_", "check_", "to_have_", "to_contain_")
+  )
 
 
 def test_rooms_import_only_what_lies_below():
