@@ -19,6 +19,7 @@ from gptjax.generate.beams import Texts as BeamTexts
 from gptjax.generate.candidates import Sampling, make_sampling
 from gptjax.generate.checks import Lengths, check_options, resolve_lengths
 from gptjax.generate.constraint import Constraint, make_constraint
+from gptjax.generate.finished import FinishedRows
 from gptjax.generate.kernels import prepare
 from gptjax.generate.options import (
   DecodingOptions,
@@ -258,10 +259,10 @@ class Generator:
     constraint = make_constraint(options, first_prompt + prompt_R, self.config.vocab_size)
     return prompts_PL, texts, controls, constraint
 
-  def _sample(self, ids, options, lengths: Lengths, seed: int) -> "_Rows":
+  def _sample(self, ids, options, lengths: Lengths, seed: int) -> FinishedRows:
     if max(lengths.limits) > self.config.context_length:
       return self._slide(ids, options, lengths, seed)
-    return _Rows.of(jax.device_get(self._run(*self._set_up(ids, options, lengths, seed))))
+    return FinishedRows.of(jax.device_get(self._run(*self._set_up(ids, options, lengths, seed))))
 
   def _run(
     self, prompts_PL: np.ndarray, texts: Texts, controls: Controls, constraint: Constraint | None
@@ -293,7 +294,7 @@ class Generator:
         texts, cache = programs.step(self.weights, texts, cache, constrain(), self.config)
       yield texts
 
-  def _speculate(self, ids, options, lengths: Lengths, seed: int) -> "_Rows":
+  def _speculate(self, ids, options, lengths: Lengths, seed: int) -> FinishedRows:
     draft = None
     if options.draft_model is not None:
       draft = self._check_draft(options.draft_model, max(lengths.limits))
@@ -308,7 +309,7 @@ class Generator:
       self.config,
     )
     return dataclasses.replace(
-      _Rows.of(jax.device_get(texts)), num_rounds_R=jax.device_get(num_rounds_R)
+      FinishedRows.of(jax.device_get(texts)), num_rounds_R=jax.device_get(num_rounds_R)
     )
 
   def _check_draft(self, draft: Any, longest: int) -> Draft:
@@ -327,7 +328,7 @@ class Generator:
       )
     return Draft(draft.weights, its)
 
-  def _search_beams(self, ids, options, lengths: Lengths, seed: int) -> "_Rows":
+  def _search_beams(self, ids, options, lengths: Lengths, seed: int) -> FinishedRows:
     num_prompts, num_beams = len(ids), options.num_beams
     num_rows = num_prompts * num_beams
     prompts_BL = self._pad(ids)
@@ -366,7 +367,7 @@ class Generator:
     def rows(array_BW):
       return array_BW[:, :wanted].reshape(num_prompts * wanted, *array_BW.shape[2:])
 
-    found = _Rows(
+    found = FinishedRows(
       tokens_RS=rows(beams.tokens_BWS),
       prompt_length_R=np.repeat(prompt_length_B, wanted),
       length_R=rows(beams.length_BW),
@@ -419,7 +420,7 @@ class Generator:
       )
     return state.finished
 
-  def _slide(self, ids, options, lengths: Lengths, seed: int) -> "_Rows":
+  def _slide(self, ids, options, lengths: Lengths, seed: int) -> FinishedRows:
     """Generates beyond the context: whenever it is full, the last half of it is kept.
 
     Rules on earlier tokens see the window; penalties count what is new in it.
@@ -427,18 +428,18 @@ class Generator:
     Each row goes by itself, since rows of unlike lengths slide at unlike places.
     """
     num_rows = len(ids) * options.num_return_sequences
-    return _Rows.stack(
+    return FinishedRows.stack(
       [self._slide_one(ids, index, options, lengths, seed) for index in range(num_rows)]
     )
 
-  def _slide_one(self, ids, index: int, options, lengths: Lengths, seed: int) -> "_Rows":
+  def _slide_one(self, ids, index: int, options, lengths: Lengths, seed: int) -> FinishedRows:
     context, prompt = self.config.context_length, index // options.num_return_sequences
     if context < 2:
       raise ConfigError("a model with a context of 1 token has no window to slide")
     key_R = _row_keys(seed, len(ids), options.num_return_sequences)[index : index + 1]
     limit, min_length = lengths.limits[prompt], lengths.min_lengths[prompt]
     single = dataclasses.replace(options, num_return_sequences=1)
-    whole, total, stop_state = _Rows.start(ids[prompt]), len(ids[prompt]), None
+    whole, total, stop_state = FinishedRows.start(ids[prompt]), len(ids[prompt]), None
     while total < limit:
       window = whole.tokens_RS[0, max(0, total - (context if total < context else context // 2)) :]
       offset = total - len(window)
@@ -452,7 +453,7 @@ class Generator:
       texts = texts.replace(keys_R=keys, stop_state_RZ=stop_state)
       texts = self._run(prompts_PL, texts, controls, constraint)
       stop_state = texts.stop_state_RZ
-      whole = whole.join(_Rows.of(jax.device_get(texts)))
+      whole = whole.join(FinishedRows.of(jax.device_get(texts)))
       total = int(whole.length_R[0])
       if whole.finish_R[0] != sampling.LENGTH:
         break
@@ -493,7 +494,7 @@ class Generator:
       line[: len(row)] = row
     return padded
 
-  def _answer(self, ids, rows: "_Rows", options: DecodingOptions, seed: int) -> Generation:
+  def _answer(self, ids, rows: FinishedRows, options: DecodingOptions, seed: int) -> Generation:
     new_R = rows.length_R - rows.prompt_length_R
     # Places of the new tokens, [R, new]; those after a row's end are marked.
     steps_N = np.arange(max(int(new_R.max()), 1))
@@ -527,7 +528,7 @@ class Generator:
       return options.pad_token_id
     return next(iter((*([] if self._pad_id is None else [self._pad_id]), *options.eos_token_id)), 0)
 
-  def _texts(self, rows: "_Rows", options: DecodingOptions) -> list[str]:
+  def _texts(self, rows: FinishedRows, options: DecodingOptions) -> list[str]:
     texts = []
     lines = zip(rows.tokens_RS, rows.prompt_length_R, rows.length_R, rows.finish_R)
     for tokens_S, prompt_length, length, finish in lines:
@@ -536,68 +537,6 @@ class Generator:
       new = [i for i in tokens_S[prompt_length:last].tolist() if i < self.tokenizer.vocab_size]
       texts.append(cut_at_stop(self.tokenizer.decode(new, skip_special_tokens=True), options.stop))
     return texts
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-  """Texts on the host, of any strategy; letters as in sampling.py."""
-
-  tokens_RS: np.ndarray
-  prompt_length_R: np.ndarray
-  length_R: np.ndarray
-  finish_R: np.ndarray
-  logprobs_RS: np.ndarray
-  scores_R: np.ndarray | None = None
-  num_rounds_R: np.ndarray | None = None
-  alternatives: sampling.Alternatives | None = None
-
-  @classmethod
-  def of(cls, texts: Texts) -> "_Rows":
-    shared = {field.name for field in dataclasses.fields(cls)} - {"scores_R", "num_rounds_R"}
-    return cls(**{name: getattr(texts, name) for name in shared})
-
-  @classmethod
-  def start(cls, prompt: list[int]) -> "_Rows":
-    """One row that has its prompt only."""
-    length_R, tokens_RS = np.array([len(prompt)], np.int32), np.array([prompt], np.int32)
-    return cls(tokens_RS, length_R, length_R, length_R * 0, np.zeros(tokens_RS.shape, np.float32))
-
-  def join(self, part: "_Rows") -> "_Rows":
-    """Appends the new tokens of `part`, which began with a window of this row."""
-    new = slice(int(part.prompt_length_R[0]), int(part.length_R[0]))
-    tokens_RS = np.concatenate([self.tokens_RS, part.tokens_RS[:, new]], axis=1)
-    alternatives = part.alternatives
-    if alternatives is not None:
-      cut = jax.tree.map(lambda array_RSX: array_RSX[:, new], alternatives)
-      shape = (1, self.tokens_RS.shape[1], alternatives.ids_RSX.shape[2])
-      old = self.alternatives or sampling.Alternatives(np.zeros(shape, np.int32), np.zeros(shape))
-      alternatives = jax.tree.map(lambda *both: np.concatenate(both, axis=1), old, cut)
-    return dataclasses.replace(
-      self,
-      tokens_RS=tokens_RS,
-      length_R=np.array([tokens_RS.shape[1]], np.int32),
-      finish_R=part.finish_R,
-      logprobs_RS=np.concatenate([self.logprobs_RS, part.logprobs_RS[:, new]], axis=1),
-      alternatives=alternatives,
-    )
-
-  @staticmethod
-  def stack(rows: Sequence["_Rows"]) -> "_Rows":
-    """Joins single rows of unlike lengths, padded with zeros."""
-    width = max(row.tokens_RS.shape[1] for row in rows)
-
-    def join(*arrays):
-      if arrays[0].ndim == 1:
-        return np.concatenate(arrays)
-      widen = [[(0, 0), (0, width - a.shape[1]), *[(0, 0)] * (a.ndim - 2)] for a in arrays]
-      return np.concatenate([np.pad(a, pads) for a, pads in zip(arrays, widen)])
-
-    return _Rows(
-      **{
-        field.name: jax.tree.map(join, *(getattr(row, field.name) for row in rows))
-        for field in dataclasses.fields(_Rows)
-      }
-    )
 
 
 def _check_ids(ids: list[list[int]], vocab_size: int) -> None:
