@@ -21,7 +21,7 @@ TASKS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   tasks = parser.add_subparsers(dest="task", metavar="TASK")
   for name, help in TASKS.items():
-    module = importlib.import_module(f"gptjax.cli.evaluate_{name}")
+    module = importlib.import_module(f"gptjax.cli.evaluate.{name}")
     task = tasks.add_parser(name, help=help, description=help, allow_abbrev=False)
     module.add_arguments(task)
     task.set_defaults(run=module.run, parser=task)

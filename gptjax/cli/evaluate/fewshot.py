@@ -4,7 +4,7 @@ import argparse
 import secrets
 
 from gptjax.checkpoint.models import to_stderr
-from gptjax.cli.evaluate_choice import add_prompts, measure
+from gptjax.cli.evaluate.choice import add_prompts, measure
 from gptjax.errors import ConfigError
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from gptjax.checkpoint.models import DTYPES, load_model
 from gptjax.cli.compilation import enable_compilation_cache
-from gptjax.cli.evaluate_arguments import add_model
+from gptjax.cli.evaluate.arguments import add_model
 from gptjax.errors import ConfigError
 from gptjax.evaluate.receipt import identify, versions
 

@@ -4,7 +4,7 @@ import argparse
 import json
 
 from gptjax.cli.arguments import MODEL_HELP
-from gptjax.cli.evaluate_arguments import (
+from gptjax.cli.evaluate.arguments import (
   add_data,
   add_model,
   add_text_protocol,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from gptjax.cli.evaluate_arguments import (
+from gptjax.cli.evaluate.arguments import (
   add_data,
   add_model,
   add_text_protocol,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gptjax.checkpoint.models import DTYPES
-from gptjax.cli.evaluate_arguments import add_model, load_scorer, print_receipt
+from gptjax.cli.evaluate.arguments import add_model, load_scorer, print_receipt
 from gptjax.errors import ConfigError
 from gptjax.evaluate.prompting import PromptProtocol, measure_prompts
 from gptjax.evaluate.protocol import STARTS

@@ -2,7 +2,7 @@
 
 import argparse
 
-from gptjax.cli.evaluate_arguments import (
+from gptjax.cli.evaluate.arguments import (
   add_data,
   add_model,
   add_text_protocol,

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from gptjax.cli.evaluate_arguments import add_data, add_model, load_scorer
+from gptjax.cli.evaluate.arguments import add_data, add_model, load_scorer
 from gptjax.evaluate.receipt import differences, read_receipt
 from gptjax.evaluate.tasks import TASKS, protocol_of
 
