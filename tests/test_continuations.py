@@ -26,7 +26,9 @@ def expect(generator, prompt, n, m):
   return more.tokens[:, len(prompt) :].tolist(), np.exp(first.top_logprobs[0, 0])
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gptj", "gpt3"])
+@pytest.mark.parametrize(
+  "family", ["gpt3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gpt2", "gptj"))]
+)
 def test_continuations_are_those_of_full_recomputation(family):
   generator = make_generator(family)
   tab = Continuations(generator)
