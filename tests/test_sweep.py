@@ -8,12 +8,17 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
 from benchmarks import sweep as sweep_benchmark
+from gptjax.checkpoint.models import save_run
 from gptjax.checkpoint.run_directory import RunDirectory
 from gptjax.cli.main import main
 from gptjax.config import from_config_dict, load_experiment, load_experiment_module
+from gptjax.data.tokenizer import train_bpe
+from gptjax.model.config import ModelConfig
+from gptjax.model.parameters import init_parameters
 from gptjax.sweep.config import make_plan
 from gptjax.sweep.display import SweepDisplay, last_metrics, seconds_left
 from gptjax.sweep.report import write_results
@@ -21,6 +26,7 @@ from gptjax.sweep.results import as_good_as_best, group_by_setting, p_value
 from gptjax.sweep.study import Record, Study
 from gptjax.sweep.worker import work
 from gptjax.train.config import PretrainConfig
+from gptjax.train.finetune_config import FinetuneConfig
 
 NUM_STEPS = 12
 ENVIRONMENT = {**os.environ, "JAX_NUM_CPU_DEVICES": "1"}  # of processes that tests start
@@ -49,6 +55,33 @@ def get_config(arg=None):
 
 def get_sweep():
   return {written}
+"""
+
+
+FINETUNE = """
+from gptjax.config import to_config_dict
+from gptjax.train.finetune_config import FinetuneConfig
+
+def get_config(arg=None):
+  config = to_config_dict(FinetuneConfig())
+  config.init_from = "{folder}/model"
+  config.data.family = "classification"
+  config.data.files = ("{folder}/train.tsv",)
+  config.data.valid_files = ("{folder}/train.tsv",)
+  config.data.text_columns = ("text",)
+  config.data.label_column = "label"
+  config.train.update(num_steps=4, num_epochs=None, batch_rows=8, host_devices=8)
+  config.eval.every_steps = 2
+  return config
+
+def get_sweep():
+  return {
+    "space": {"optimizer.learning_rate": [1e-4, 1e-2]},
+    "seeds": [0, 1],
+    "objective": "valid_accuracy",
+    "direction": "maximize",
+    "objective_of": "best",
+  }
 """
 
 
@@ -283,6 +316,36 @@ def test_a_trial_without_memory_fails_and_the_next_one_runs(tmp_path):
   failed, complete = study.records()
   assert (failed.state, complete.state) == ("failed", "complete")
   assert failed.reason.startswith("out of memory: ")
+
+
+@pytest.mark.slow
+def test_fine_tuning_is_swept_alike(tmp_path):
+  rows = [
+    f"the tea was {word}\t{label}"
+    for label, word in zip(["good", "bad"] * 9, ["fine", "cold", "warm"] * 6)
+  ]
+  tokenizer = train_bpe(rows, 290)
+  config = ModelConfig(
+    vocab_size=tokenizer.vocab_size, context_length=16, num_layers=1, model_dim=8, num_heads=2
+  )
+  save_run(tmp_path / "model", config, init_parameters(config, jax.random.key(7)), tokenizer)
+  tmp_path.joinpath("train.tsv").write_text("\n".join(["text\tlabel", *rows]))
+  path = tmp_path / "experiment.py"
+  path.write_text(FINETUNE.replace("{folder}", str(tmp_path)))
+  load_experiment_module.cache_clear()
+  plan = make_plan(str(path), {})
+  study = Study(plan, tmp_path / "run")
+  study.enqueue()
+  work(plan, str(tmp_path / "run"), "")
+  records = study.records()
+  assert [record.state for record in records] == ["complete"] * 4, records[0].reason
+  for record in records:
+    lines = RunDirectory(study.run_path(record.index)).read_metrics()
+    assert record.value == max(line["valid_accuracy"] for line in lines if "valid_accuracy" in line)
+  assert [*study.compilations().values()] == [1]
+  write_results(plan, study, records)
+  best = load_experiment(str(study.workdir / "best.py"))
+  assert from_config_dict(FinetuneConfig, best).init_from == str(tmp_path / "model")
 
 
 @pytest.mark.slow

@@ -365,7 +365,7 @@ def _open_storage(url: str) -> optuna.storages.BaseStorage:
     Path(url).expanduser().parent.mkdir(parents=True, exist_ok=True)
     return optuna.storages.JournalStorage(JournalFileBackend(str(Path(url).expanduser())))
   try:
-    return optuna.storages.get_storage(url)
+    return optuna.storages.RDBStorage(url)
   except Exception as error:  # of SQLAlchemy, of a driver that is not installed, of a server
     reason = str(error).strip().splitlines()[0]
     raise ConfigError(
