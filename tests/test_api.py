@@ -114,11 +114,11 @@ def test_bad_tokens_are_refused_in_one_line(model, tokens, message):
 def test_the_whole_context_is_accepted_and_compiled_once(model):
   tokens = make_tokens(model.config, num_rows=1, length=24)
   assert model(tokens).shape == (1, 24, 61)
-  count = api._logits._cache_size()
+  count = api.model._logits._cache_size()
   model(tokens[:, ::-1])
-  assert api._logits._cache_size() == count
+  assert api.model._logits._cache_size() == count
   model(tokens[:, :23])
-  assert api._logits._cache_size() == count + 1
+  assert api.model._logits._cache_size() == count + 1
 
 
 def test_without_tokenizer_text_is_refused(tmp_path):
