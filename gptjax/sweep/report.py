@@ -13,7 +13,7 @@ from gptjax.config import to_json
 from gptjax.sweep.charts import Column, bars, parallel_coordinates
 from gptjax.sweep.config import Plan
 from gptjax.sweep.results import CONFIDENCE, Group, as_good_as_best, group_by_setting
-from gptjax.sweep.space import short_names, spell, spell_setting
+from gptjax.sweep.space import Setting, short_names, spell, spell_setting
 from gptjax.sweep.study import Record, Study
 from gptjax.sweep.worker import LOG_NAME
 from gptjax.train.config import PretrainConfig
@@ -91,7 +91,7 @@ def sweep_report(
   if len(plan.space) > 1 and (chart := _coordinates(plan, records)):
     sections.append(report.section("Every trial", chart))
   if importances := study.importances():
-    note = "Shares of what decided whether a trial is among the best (PED-ANOVA)."
+    note = "Shares of the objective's variance (fANOVA); keys under a condition are left out."
     shares = {short_names(plan.space)[key]: share for key, share in importances.items()}
     sections.append(report.section("Which key mattered", report.text(note), bars("", shares)))
   sections.append(report.section("Curves", report.grid(_curves(plan, study, groups))))
@@ -193,7 +193,7 @@ def _coordinates(plan: Plan, records: Sequence[Record]) -> str:
   columns = [
     Column(
       names[key],
-      [record.setting.get(key) for record in shown],
+      [_value(record.setting, key) for record in shown],
       is_log=domain.is_log or None,
     )
     for key, domain in plan.space.items()
@@ -203,6 +203,12 @@ def _coordinates(plan: Plan, records: Sequence[Record]) -> str:
     f"trial {r.index} {r.state}: {spell(r.value)} ({spell_setting(r.setting)})" for r in shown
   ]
   return parallel_coordinates("Good ones are blue", columns, labels, plan.sweep.direction)
+
+
+def _value(setting: Setting, key: str) -> Any:
+  """Returns the value of a key, "none" included; None where the setting does not have it."""
+  value = setting.get(key)
+  return spell(value) if key in setting and value is None else value
 
 
 def _curves(plan: Plan, study: Study, groups: Sequence[Group]) -> str:

@@ -22,19 +22,21 @@ from gptjax.train.loop import Line
 from gptjax.train.programs import count_step_compilations
 
 LOG_NAME = "log.txt"
+STOPPED = 128 + signal.SIGTERM  # as a shell says it
 
 
 def work(plan: Plan, workdir: str, url: str) -> None:
-  """Runs trials until there is none to take, or this process is asked to stop."""
+  """Runs trials until there is none to take; asked to stop, it ends with status STOPPED."""
   threading.Thread(target=_end_with_parent, daemon=True).start()
   study = Study(plan, workdir, url)
-  is_asked_to_stop = False
-  while not is_asked_to_stop:
+  while True:
     with study.take() as trial:
       if trial is None:
         return
-      is_asked_to_stop = not run_trial(plan, trial)
+      has_ended = run_trial(plan, trial)
       study.set_compilations(count_step_compilations())
+    if not has_ended:
+      sys.exit(STOPPED)
 
 
 def run_trial(plan: Plan, trial: Trial) -> bool:
