@@ -90,6 +90,7 @@ bench: $(INSTALLED)  ## measurements beside the peers'; PyTorch twins run where 
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.time_to_loss
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.serve
 
 prove-resume: $(INSTALLED)  ## show that killed runs and other device layouts give the same losses
 	$(BIN)/python -m benchmarks.prove_resume

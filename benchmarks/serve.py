@@ -33,7 +33,7 @@ from gptjax.model.parameters import init_parameters
 
 GOAL = 3.0
 _START_SECONDS = 600
-_CHARACTERS = "".join(map(chr, range(32, 97)))
+_CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +53,11 @@ class Answer:
 
 
 def save_model(folder: str, is_quick: bool) -> None:
-  """Writes a model of random weights, with a tokenizer of 65 characters."""
+  """Writes a model of random weights, with a tokenizer of ASCII characters."""
   sizes = {"num_layers": 4, "num_heads": 4, "model_dim": 128, "context_length": 256}
   if is_quick:
     sizes |= {"num_layers": 1, "num_heads": 2, "model_dim": 16, "context_length": 64}
-  config = ModelConfig(vocab_size=65, **sizes)
+  config = ModelConfig(vocab_size=len(_CHARACTERS), **sizes)
   tokenizer = make_char_tokenizer([_CHARACTERS])
   Model(config, init_parameters(config, jax.random.key(0)), tokenizer).save(folder)
 
@@ -68,6 +68,10 @@ class Server:
   Args:
     folder: the model.
     num_slots: texts made at a time.
+
+  Attributes:
+    port: at 127.0.0.1.
+    process: of the server.
   """
 
   def __init__(self, folder: str, num_slots: int):
@@ -80,11 +84,11 @@ class Server:
     command += ["--port", str(self.port), "--num-slots", str(num_slots)]
     self._log = Path(folder, "serve.log")
     with self._log.open("w") as log:
-      self._process = subprocess.Popen(command, env=environment, stderr=log)
+      self.process = subprocess.Popen(command, env=environment, stderr=log)
 
   def __enter__(self) -> "Server":
     deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline and self._process.poll() is None:
+    while time.monotonic() < deadline and self.process.poll() is None:
       try:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health"):
           return self
@@ -94,13 +98,13 @@ class Server:
     raise RuntimeError(f"the server did not start: {self._log.read_text()[-500:]}")
 
   def __exit__(self, *_: object) -> None:
-    self._process.terminate()
-    self._process.wait()
+    self.process.terminate()
+    self.process.wait()
 
   @property
   def resident_bytes(self) -> int:
     """Memory of the process."""
-    status = Path(f"/proc/{self._process.pid}/status").read_text()
+    status = Path(f"/proc/{self.process.pid}/status").read_text()
     return 1024 * int(re.search(r"VmRSS:\s+(\d+)", status).group(1))
 
 

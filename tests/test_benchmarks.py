@@ -260,3 +260,10 @@ def test_prove_resume_passes():
   result, status = run_benchmark("prove_resume", "--quick", "--steps", "60", "--seed", "1")
   assert status == 0
   assert result["passed"] and all(verdict["is_passed"] for verdict in result["verdicts"])
+
+
+@pytest.mark.slow
+def test_serve_mixes_nothing():
+  result, status = run_benchmark("serve", "--quick")
+  assert status == 0
+  assert result["differing_texts"] == 0 and result["requests"] >= 64

@@ -1,6 +1,8 @@
 """The process that serves: a model is loaded, a socket bound, uvicorn run, and all ended."""
 
+import contextlib
 import functools
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +70,9 @@ def run(served: Served, access: Access, host: str, port: int, report: Report) ->
     shown, port = listener.getsockname()[:2]
     address = f"[{shown}]" if ":" in shown else shown
     report(f"serving {engine.model_name} at http://{address}:{port}")
+    # uvicorn takes these signals, stops, and raises them again: by then the stop was a success.
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, signal.SIG_IGN)
     uvicorn.Server(_config(app, engine.limits)).run(sockets=[listener])
   return 1 if engine.status == "failed" else 0
 
@@ -78,14 +83,18 @@ def bind(host: str, port: int) -> socket.socket:
   Raises:
     ConfigError: the address cannot be had.
   """
+  if not 0 <= port < 1 << 16:
+    raise ConfigError(f"--port is {port}; it must be 0 to 65535")
   try:
     family, kind, protocol, _, address = socket.getaddrinfo(
       host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(address)
-  except (OSError, OverflowError) as error:
+    with contextlib.ExitStack() as stack:
+      listener = stack.enter_context(socket.socket(family, kind, protocol))
+      listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+      listener.bind(address)
+      stack.pop_all()
+  except OSError as error:
     raise ConfigError(
       f"cannot listen at {host}, port {port}: {error}; choose another --host or --port"
     ) from error
