@@ -193,6 +193,18 @@ def test_stops_where_decoding_shows_the_string(tokenizer):
   assert len(news) >= 15 and min(found) < 3 < max(found) and None in wanted
 
 
+def test_new_text_is_what_it_adds_to_the_prompts(tokenizer):
+  random = np.random.default_rng(2)
+  prompts = _prompts(tokenizer, random)
+  compared = 0
+  for place, new in enumerate(_sequences(tokenizer, random, 120)):
+    prompt = prompts[place % len(prompts)]
+    if _valid(tokenizer, prompt, new):
+      assert tokenizer.decode_after(prompt, new) == _new_text(tokenizer, prompt, new)
+      compared += 1
+  assert compared > 10
+
+
 def test_text_in_parts_of_characters_stops():
   """CJK and emoji are several tokens each here, and the borders fall inside of them."""
   tokenizer = train_bpe(["ab"], 257)

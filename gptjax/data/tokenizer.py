@@ -159,9 +159,26 @@ class Tokenizer:
         )
     return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
-  def decode_stream(self, skip_special_tokens: bool = True) -> TextStream:
-    """Starts the decoding of ids one by one into pieces of text."""
-    return TextStream(self.backend, skip_special_tokens)
+  def decode_after(
+    self, before: Sequence[int], ids: Iterable[int], skip_special_tokens: bool = True
+  ) -> str:
+    """Returns what ids add to the text of those before them, the space between two words too.
+
+    GPT-1's tokenizer and SentencePiece leave out the space that begins a text.
+    """
+    stream = self.decode_stream(skip_special_tokens, before)
+    return "".join(map(stream.step, ids)) + stream.finish()
+
+  def decode_stream(
+    self, skip_special_tokens: bool = True, before: Sequence[int] = ()
+  ) -> TextStream:
+    """Starts the decoding of ids one by one into pieces of text.
+
+    Args:
+      before: ids of the text that they continue; those that are not in the vocabulary add nothing.
+    """
+    known = [token for token in before if token in self._known_ids]
+    return TextStream(self.backend, skip_special_tokens, known)
 
   def byte_spans(self, text: str) -> np.ndarray:
     """Returns int64 [tokens, 2]: the UTF-8 bytes of `text` that each token was made from.

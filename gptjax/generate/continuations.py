@@ -34,8 +34,6 @@ READ_AT_ONCE = (256, 64, 16)
 _FEWEST_SLOTS = 1024
 _FEWEST_NEW_TOKENS = 32
 _SCORED_AT_ONCE = 32
-# Enough for the bytes of one character and the space before a word.
-_TOKENS_BEFORE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -281,9 +279,7 @@ class Continuations:
     """Returns the whole characters that each token after the prompt completes."""
     if self._generator.tokenizer is None:
       return None
-    stream = self._generator.tokenizer.decode_stream(skip_special_tokens=True)
-    for token in self._ids[-_TOKENS_BEFORE:]:
-      stream.step(token)
+    stream = self._generator.tokenizer.decode_stream(before=self._ids)
     return [stream.step(token) for token in tokens]
 
 

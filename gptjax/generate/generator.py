@@ -167,7 +167,7 @@ class Generator:
 
   def _stream(self, ids, options: DecodingOptions, lengths: Lengths) -> Iterator[Piece]:
     seed = draw_seed(options)
-    writer = Writer(self.tokenizer, options.stop)
+    writer = Writer(self.tokenizer, options.stop, ids[0])
     for texts in self._steps(*self._set_up(ids, options, lengths, seed)):
       length, finish = int(texts.length_R[0]), int(texts.finish_R[0])
       token = int(texts.tokens_RS[0, length - 1])
@@ -533,9 +533,11 @@ class Generator:
     lines = zip(rows.tokens_RS, rows.prompt_length_R, rows.length_R, rows.finish_R)
     for tokens_S, prompt_length, length, finish in lines:
       last = length - (finish == sampling.END_TOKEN)
+      ids = tokens_S[:last].tolist()
       # Spare rows of a vocabulary have ids that no tokenizer knows.
-      new = [i for i in tokens_S[prompt_length:last].tolist() if i < self.tokenizer.vocab_size]
-      texts.append(cut_at_stop(self.tokenizer.decode(new, skip_special_tokens=True), options.stop))
+      new = [i for i in ids[prompt_length:] if i < self.tokenizer.vocab_size]
+      text = self.tokenizer.decode_after(ids[:prompt_length], new)
+      texts.append(cut_at_stop(text, options.stop))
     return texts
 
 

@@ -218,7 +218,8 @@ class Slots:
     self._grow_alternatives(prompt.options.top_logprobs)
     slots = free[:copies]
     for slot in slots:
-      self._rows[slot] = _Row(prompt, Writer(self._generator.tokenizer, prompt.options.stop))
+      writer = Writer(self._generator.tokenizer, prompt.options.stop, prompt.ids)
+      self._rows[slot] = _Row(prompt, writer)
     copy_of = {slot: copy for copy, slot in enumerate(slots)}
     self._readings.append(_Reading(prompt, copy_of, prompt_index))
     return slots

@@ -12,14 +12,17 @@ class Writer:
   Args:
     tokenizer: None writes nothing.
     stops: texts that end the new text, and are cut off.
+    prompt: ids that the new text continues.
 
   Attributes:
     is_stopped: a stop text has come; what follows it is not shown.
   """
 
-  def __init__(self, tokenizer: Tokenizer | None, stops: Sequence[str] = ()):
+  def __init__(
+    self, tokenizer: Tokenizer | None, stops: Sequence[str] = (), prompt: Sequence[int] = ()
+  ):
     self.is_stopped = False
-    self._stream = None if tokenizer is None else tokenizer.decode_stream(skip_special_tokens=True)
+    self._stream = None if tokenizer is None else tokenizer.decode_stream(before=prompt)
     self._vocab_size = 0 if tokenizer is None else tokenizer.vocab_size
     self._stops = stops
     self._held = ""
