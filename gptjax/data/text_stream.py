@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer as Backend
 from tokenizers.decoders import DecodeStream
 
-
 # Enough for the bytes of one character and the space before a word.
 _TOKENS_BEFORE = 8
 
