@@ -410,9 +410,12 @@ def test_texts_and_ids(client, generator):
   answer = client.post("/tokenize", json={"prompt": text}).json()
   assert answer["tokens"] == generator.tokenizer.encode(text)
   assert client.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": text}
-  special = {"prompt": "<|endoftext|>", "parse_special_tokens": True}
+  special = {"prompt": "<|endoftext|>"}
   end = client.post("/tokenize", json=special).json()["tokens"]
   assert end == [generator.tokenizer.end_id]
+  as_text = client.post("/tokenize", json=special | {"parse_special_tokens": False}).json()
+  assert as_text["tokens"] == generator.tokenizer.encode("<|endoftext|>") != end
+  assert client.get("/tokenizer_info").json()["eos_token"] == "<|endoftext|>"
   assert "99999" in refused(client.post("/detokenize", json={"tokens": [99999]}))
 
 

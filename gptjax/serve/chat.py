@@ -72,9 +72,9 @@ async def _make_job(served: Served, body: ChatRequest) -> Job:
   if body.top_logprobs is not None and not body.logprobs:
     raise ApiError(400, "top_logprobs goes with logprobs; add it", param="top_logprobs")
   messages = [message.for_template() for message in body.messages]
-  # Templates write special tokens; without a template of the model there are none to write.
-  parses = body.parse_special_tokens or served.template.name == "model"
-  ids = served.encode(served.template.render(messages), parses)
+  # Templates write special tokens; the plain one has none to write.
+  parses = served.template.name == "model"
+  ids = served.encode(served.template.render(messages), parses=parses)
   if max_tokens is None and body.max_length is None:
     max_tokens = max(1, served.engine.num_positions - len(ids))
   stops = [body.stop] if isinstance(body.stop, str) else body.stop or []

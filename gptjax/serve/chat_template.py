@@ -45,6 +45,11 @@ class ChatTemplate:
     return "plain" if self.source is None else "model"
 
   @property
+  def text(self) -> str:
+    """The template itself."""
+    return _PLAIN if self.source is None else self.source
+
+  @property
   def stops(self) -> tuple[str, ...]:
     """Texts that end an answer, beside what the request says."""
     return _PLAIN_STOPS if self.source is None else ()
@@ -59,7 +64,7 @@ class ChatTemplate:
       DataError: the template refuses the messages, or is broken.
     """
     try:
-      template = _environment().from_string(_PLAIN if self.source is None else self.source)
+      template = _environment().from_string(self.text)
       return template.render(
         messages=messages, add_generation_prompt=True, tools=None, **self.special_tokens
       )

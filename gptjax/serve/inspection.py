@@ -22,6 +22,7 @@ from gptjax.serve.schemas import (
   ModelCard,
   Models,
   TokenizeRequest,
+  TokenizerInfo,
   Tokens,
   Usage,
 )
@@ -60,7 +61,10 @@ def make_embeddings(served: Served) -> APIRouter:
     served.check_model(body.model)
     engine = served.engine
     prompts = await engine.check(
-      served.read_prompts(body.input), DecodingOptions(), wants="embedding", is_continued=False
+      served.read_prompts(body.input, False),
+      DecodingOptions(),
+      wants="embedding",
+      is_continued=False,
     )
     vectors = await while_connected(request, _read_all(engine, prompts))
     count = sum(len(prompt.ids) for prompt in prompts)
@@ -86,13 +90,27 @@ def make_tokens(served: Served) -> APIRouter:
   @router.post("/tokenize", responses=statuses)
   def tokenize(body: TokenizeRequest) -> Tokens:
     served.check_model(body.model)
-    ids = served.encode(body.prompt, body.parse_special_tokens, body.add_special_tokens)
+    ids = served.tokenizer.encode(
+      body.prompt,
+      parse_special_tokens=body.parse_special_tokens,
+      add_special_tokens=body.add_special_tokens,
+    )
     return Tokens(tokens=ids, count=len(ids), max_model_len=served.engine.num_positions)
 
   @router.post("/detokenize", responses=statuses)
   def detokenize(body: DetokenizeRequest) -> Detokenized:
     served.check_model(body.model)
-    return Detokenized(prompt=served.decode(body.tokens))
+    return Detokenized(prompt=served.tokenizer.decode(body.tokens))
+
+  @router.get("/tokenizer_info", responses=failures(400, 401))
+  async def describe() -> TokenizerInfo:
+    tokenizer = served.tokenizer
+    roles = ("bos_token", "eos_token", "pad_token", "unk_token")
+    return TokenizerInfo(
+      vocab_size=tokenizer.vocab_size,
+      chat_template=served.template.text,
+      **{role: tokenizer.roles.get(role) for role in roles},
+    )
 
   return router
 

@@ -39,6 +39,8 @@ Prompts = (
 )
 _HELP = {option.name: option.metadata["help"] for option in dataclasses.fields(DecodingOptions)}
 
+_PARSE = Field(default=True, description="text that spells a special token becomes it, as OpenAI's")
+
 
 class Strict(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
   """A request, or a part of one.
@@ -156,9 +158,6 @@ class Generating(Decoding):
   )
   stream: bool | None = None
   stream_options: StreamOptions | None = None
-  parse_special_tokens: bool = Field(
-    default=False, description="text that spells a special token becomes it"
-  )
 
 
 class CompletionRequest(Generating):
@@ -168,6 +167,7 @@ class CompletionRequest(Generating):
   instead = Decoding.instead | {"top_logprobs": 'use "logprobs", a number'}
 
   prompt: Prompts = Field(description="a text, texts, ids of one prompt, or of several")
+  parse_special_tokens: bool = _PARSE
   max_tokens: Whole | None = Field(
     default=None, description="new tokens at most; default 16; 0 with echo scores the prompt"
   )
@@ -282,9 +282,7 @@ class TokenizeRequest(Strict):
   add_special_tokens: bool = Field(
     default=False, description="what the tokenizer puts around a text, if it does"
   )
-  parse_special_tokens: bool = Field(
-    default=False, description="text that spells a special token becomes it"
-  )
+  parse_special_tokens: bool = _PARSE
 
 
 class DetokenizeRequest(Strict):
@@ -479,6 +477,17 @@ class Tokens(BaseModel):
   tokens: list[int]
   count: int
   max_model_len: int
+
+
+class TokenizerInfo(BaseModel):
+  """The tokenizer, as the lm-evaluation-harness asks for it."""
+
+  vocab_size: int
+  bos_token: str | None
+  eos_token: str | None
+  pad_token: str | None
+  unk_token: str | None
+  chat_template: str = Field(description="in jinja2; of the model, or the plain one")
 
 
 class Detokenized(BaseModel):

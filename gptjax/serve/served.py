@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import DataError
 from gptjax.evaluate.classify import Classifier
 from gptjax.serve.chat_template import ChatTemplate
@@ -58,23 +59,21 @@ class Served:
         param="model",
       )
 
-  def read_prompts(self, prompts: Any, parse_special_tokens: bool = False) -> list[Any]:
+  def read_prompts(self, prompts: Any, parse_special_tokens: bool) -> list[Any]:
     """Returns a list of texts and lists of ids, whichever way one or several were given."""
     if isinstance(prompts, str) or isinstance(prompts[0], int):
       prompts = [prompts]
     if not parse_special_tokens:
       return list(prompts)
-    return [self.encode(p, True) if isinstance(p, str) else p for p in prompts]
+    return [self.encode(p, parses=True) if isinstance(p, str) else p for p in prompts]
 
-  def encode(self, text: str, parse_special_tokens: bool, add_special_tokens: bool = False):
-    """Returns the ids of a text.
+  def encode(self, text: str, *, parses: bool) -> list[int]:
+    """Returns the ids of a text; whether one that spells a special token becomes it is `parses`.
 
     Raises:
       DataError: there is no tokenizer, or it cannot spell the text.
     """
-    return self._tokenizer.encode(
-      text, parse_special_tokens=parse_special_tokens, add_special_tokens=add_special_tokens
-    )
+    return self.tokenizer.encode(text, parse_special_tokens=parses)
 
   def text_of(self, prompt: str | list[int]) -> str:
     """Returns a prompt as text; nothing of ids where there is no tokenizer."""
@@ -83,18 +82,11 @@ class Served:
     if self.engine.generator.tokenizer is None:
       return ""
     # Spare rows of a vocabulary have ids that no tokenizer knows.
-    return self.decode([i for i in prompt if i < self._tokenizer.vocab_size])
-
-  def decode(self, ids: list[int]) -> str:
-    """Returns the text of ids.
-
-    Raises:
-      DataError: there is no tokenizer, or it has no such id.
-    """
-    return self._tokenizer.decode(ids)
+    return self.tokenizer.decode([i for i in prompt if i < self.tokenizer.vocab_size])
 
   @property
-  def _tokenizer(self):
+  def tokenizer(self) -> Tokenizer:
+    """The tokenizer of the model; raises DataError where it has none."""
     tokenizer = self.engine.generator.tokenizer
     if tokenizer is None:
       raise DataError("the model has no tokenizer; send and read token ids")
