@@ -2,7 +2,7 @@
 
 Source: Yang et al. 2022, "Tensor Programs V", figure 1, in small: two layers on Shakespeare.
 Command: gptjax sweep --config experiments/sweep_lr.py --workdir runs/sweep_lr --workers 2
-  56 runs of 300 updates; `:tiny` is four of a few, for tests. Its plot is in docs/sweep.md.
+  56 runs of 200 updates; `:tiny` is four of a few, for tests. Its plot is in docs/sweep.md.
 Hardware, time, metric: measured on two CPU cores; see docs/log.md.
 """
 
@@ -30,14 +30,14 @@ def get_config(arg=None):
 
   config.optimizer.schedule = "linear"
   config.optimizer.end_fraction = 0.0
-  config.optimizer.warmup_steps = 30
+  config.optimizer.warmup_steps = 20
   config.optimizer.weight_decay = 0.0
 
-  config.train.num_steps = 300
-  config.train.batch_rows = 16
+  config.train.num_steps = 200
+  config.train.batch_rows = 8
   config.train.host_devices = 1
   config.eval.every_steps = 100
-  config.eval.max_rows = 512
+  config.eval.max_rows = 256
   config.eval.batch_rows = 128
   config.eval.sample_tokens = 0
   if arg.tiny:
