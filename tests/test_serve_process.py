@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from benchmarks.serve import Server, ask, make_requests, run_clients, save_model
@@ -232,3 +233,32 @@ def test_an_address_that_is_taken_is_one_line(folder, server, capsys):
 def test_wrong_flags_are_one_line(folder, arguments, said, capsys):
   assert main(["serve", "--model", folder, *arguments]) == 2
   assert said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_harness_scores_a_served_model_as_it_does_locally(server, folder):
+  """Through local-completions, with the tokenizer of the server: no file, and no transformers."""
+  pytest.importorskip("lm_eval", reason="needs the extra harness")
+  from lm_eval.api.instance import Instance
+  from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+  from gptjax.evaluate.harness import HarnessModel
+
+  pairs = [("To be or not", " to be"), ("All the world", "'s a stage"), ("x", " = y")] * 4
+  requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+  texts = ["Shall I compare thee to a summer's day? " * 4, "Thou art"]
+  rolling = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(texts)]
+  # The harness takes windows of two tokens less through an API, which generates one beyond them.
+  local = HarnessModel(folder, prefix_token_id=0, max_length=62)
+  served = LocalCompletionsAPI(
+    f"http://127.0.0.1:{server.port}/v1/completions",
+    model="small",
+    batch_size=4,
+    max_length=64,
+    custom_prefix_token_id=0,
+  )
+  assert served.tokenizer_backend == "remote"
+  found, expected = served.loglikelihood(requests), local.loglikelihood(requests)
+  np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=1e-4)
+  assert [is_greedy for _, is_greedy in found] == [is_greedy for _, is_greedy in expected]
+  found = served.loglikelihood_rolling(rolling)
+  np.testing.assert_allclose(found, local.loglikelihood_rolling(rolling), rtol=1e-4)

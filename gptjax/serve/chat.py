@@ -74,7 +74,8 @@ async def _make_job(served: Served, body: ChatRequest) -> Job:
   messages = [message.for_template() for message in body.messages]
   # Templates write special tokens; the plain one has none to write.
   parses = served.template.name == "model"
-  ids = served.encode(served.template.render(messages), parses=parses)
+  prompt = served.template.render(messages)
+  ids = served.tokenizer.encode(prompt, parse_special_tokens=parses)
   if max_tokens is None and body.max_length is None:
     max_tokens = max(1, served.engine.num_positions - len(ids))
   stops = [body.stop] if isinstance(body.stop, str) else body.stop or []

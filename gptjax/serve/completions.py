@@ -15,7 +15,7 @@ from gptjax.serve.schemas import (
   CompletionRequest,
   Usage,
 )
-from gptjax.serve.served import Served, stream_of
+from gptjax.serve.served import Served, as_list, stream_of
 from gptjax.serve.texts import Piece, Token, make_job
 from gptjax.serve.token_names import TokenNames
 
@@ -33,7 +33,8 @@ def make_completions(served: Served) -> APIRouter:
   )
   async def complete(body: CompletionRequest, request: Request) -> Response:
     served.check_model(body.model)
-    prompts = served.read_prompts(body.prompt, body.parse_special_tokens)
+    given = as_list(body.prompt)
+    prompts = await served.parse_prompts(given) if body.parse_special_tokens else given
     max_tokens = body.max_tokens
     if max_tokens is None and body.max_length is None:
       max_tokens = DEFAULT_MAX_TOKENS
@@ -46,7 +47,7 @@ def make_completions(served: Served) -> APIRouter:
       best_of=body.best_of,
       is_scored=bool(body.echo) and body.logprobs is not None,
     )
-    echoes = [served.text_of(prompt) if body.echo else "" for prompt in prompts]
+    echoes = [served.text_of(prompt) if body.echo else "" for prompt in given]
     choices = [
       _Choice(index, echoes[index // job.n], served.names, body.logprobs is not None)
       for index in range(len(prompts) * job.n)

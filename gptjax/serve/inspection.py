@@ -26,7 +26,7 @@ from gptjax.serve.schemas import (
   Tokens,
   Usage,
 )
-from gptjax.serve.served import Served
+from gptjax.serve.served import Served, as_list
 
 
 def make_models(served: Served) -> APIRouter:
@@ -61,7 +61,7 @@ def make_embeddings(served: Served) -> APIRouter:
     served.check_model(body.model)
     engine = served.engine
     prompts = await engine.check(
-      served.read_prompts(body.input, False),
+      as_list(body.input),
       DecodingOptions(),
       wants="embedding",
       is_continued=False,

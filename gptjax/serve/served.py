@@ -1,12 +1,15 @@
 """What all routes share: the model by its name, its engine, and its tokenizer."""
 
+import asyncio
 import dataclasses
 import functools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
+from gptjax.data.special_tokens import special_tokens
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import DataError
 from gptjax.evaluate.classify import Classifier
@@ -49,6 +52,11 @@ class Served:
     """How answers name tokens."""
     return TokenNames(self.engine.generator.tokenizer)
 
+  @functools.cached_property
+  def _special_tokens(self) -> list[str]:
+    tokenizer = self.engine.generator.tokenizer
+    return [] if tokenizer is None else special_tokens(tokenizer.backend)
+
   def check_model(self, name: str | None) -> None:
     """Raises ApiError unless a request means this model."""
     if name is not None and name not in (self.name, *self.aliases):
@@ -59,21 +67,18 @@ class Served:
         param="model",
       )
 
-  def read_prompts(self, prompts: Any, parse_special_tokens: bool) -> list[Any]:
-    """Returns a list of texts and lists of ids, whichever way one or several were given."""
-    if isinstance(prompts, str) or isinstance(prompts[0], int):
-      prompts = [prompts]
-    if not parse_special_tokens:
-      return list(prompts)
-    return [self.encode(p, parses=True) if isinstance(p, str) else p for p in prompts]
-
-  def encode(self, text: str, *, parses: bool) -> list[int]:
-    """Returns the ids of a text; whether one that spells a special token becomes it is `parses`.
+  async def parse_prompts(self, prompts: Sequence[Any]) -> list[Any]:
+    """Makes ids of those texts that spell special tokens, which become them; others stay texts.
 
     Raises:
-      DataError: there is no tokenizer, or it cannot spell the text.
+      DataError: a text that the tokenizer cannot spell.
     """
-    return self.tokenizer.encode(text, parse_special_tokens=parses)
+    return [
+      await asyncio.to_thread(self.tokenizer.encode, prompt, parse_special_tokens=True)
+      if isinstance(prompt, str) and any(token in prompt for token in self._special_tokens)
+      else prompt
+      for prompt in prompts
+    ]
 
   def text_of(self, prompt: str | list[int]) -> str:
     """Returns a prompt as text; nothing of ids where there is no tokenizer."""
@@ -91,6 +96,12 @@ class Served:
     if tokenizer is None:
       raise DataError("the model has no tokenizer; send and read token ids")
     return tokenizer
+
+
+def as_list(prompts: Any) -> list[Any]:
+  """Returns a list of texts and lists of ids, whichever way one or several were given."""
+  is_one = isinstance(prompts, str) or isinstance(prompts[0], int)
+  return [prompts] if is_one else list(prompts)
 
 
 def stream_of(model: type[BaseModel]) -> dict[int, dict[str, Any]]:
