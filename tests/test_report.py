@@ -223,3 +223,21 @@ def test_format_bytes(size, text):
 )
 def test_format_seconds(seconds, text):
   assert report.format_seconds(seconds) == text
+
+
+def test_faint_series_stand_behind_and_are_not_named():
+  chart = line_chart(
+    "Loss", [Series("best", [1, 2], [2, 1]), Series("other", [1, 2], [3, 2], is_faint=True)]
+  )
+  assert chart.index('<g class="faint">') < chart.index('<g class="c0">')
+  assert "other" not in chart
+  (scales,) = re.findall(r'<script type="application/json">(.*?)</script>', chart)
+  assert json.loads(scales)["series"] == [[[1, 2], [2, 1]]]
+
+
+def test_a_logarithmic_x_spreads_ratios_and_names_its_powers():
+  chart = line_chart("Loss", [Series("a", [1e-5, 1e-3, 1e-1], [3, 1, 2])], is_log_x=True)
+  (points,) = re.findall(r'<polyline class="line" points="([^"]*)"', chart)
+  first, middle, last = (float(point.split(",")[0]) for point in points.split())
+  assert middle == pytest.approx((first + last) / 2, abs=0.11)
+  assert {"1e-05", "0.0001", "0.1"} <= set(re.findall(r'<text class="x"[^>]*>([^<]*)<', chart))

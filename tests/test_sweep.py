@@ -19,6 +19,7 @@ from gptjax.config import from_config_dict, load_experiment, load_experiment_mod
 from gptjax.data.tokenizer import train_bpe
 from gptjax.model.config import ModelConfig
 from gptjax.model.parameters import init_parameters
+from gptjax.sweep.charts import Column, bars, parallel_coordinates
 from gptjax.sweep.config import make_plan
 from gptjax.sweep.display import SweepDisplay, last_metrics, seconds_left
 from gptjax.sweep.report import write_results
@@ -374,3 +375,27 @@ def test_the_benchmark_of_halving_judges_by_seeds():
   assert summary["is_met"]
   assert not sweep_benchmark.summarise([row(0, 2.0, 2.1), row(1, 2.0, 2.1)])["is_met"]
   assert not sweep_benchmark.summarise([row(0, 2.0, 1.9, 20), row(1, 2.0, 1.9)])["is_met"]
+
+
+def test_parallel_coordinates_place_every_line_on_every_axis_it_has():
+  columns = [
+    Column("rate", [1e-4, 1e-2, 1e-3]),
+    Column("name", ["adamw", "muon", "muon"]),
+    Column("momentum", [None, 0.9, 0.95]),
+    Column("loss", [3.0, 1.0, 2.0]),
+  ]
+  page = parallel_coordinates("All", columns, ["a", "<b>", "c"], "minimize")
+  lines = re.findall(r'<polyline points="([^"]*)" style="stroke:rgb\((\d+),', page)
+  # The best is drawn last and blue, the worst first and grey; without a value a line passes by.
+  assert [len(points.split()) for points, _ in lines] == [3, 4, 4]
+  assert int(lines[0][1]) > int(lines[1][1]) > int(lines[2][1])
+  heights = sorted(float(points.split()[0].split(",")[1]) for points, _ in lines)
+  # Rates of 100 to 1 are spread by their logarithm: the middle one is in the middle.
+  assert heights[1] == pytest.approx((heights[0] + heights[2]) / 2, abs=0.2)
+  assert "&lt;b&gt;" in page and "<b>" not in page
+
+
+def test_bars_have_their_shares():
+  page = bars("Shares", {"rate": 0.75, "decay": 0.25})
+  widths = [float(width) for width in re.findall(r'<rect[^>]* width="([\d.]+)"', page)]
+  assert widths[0] == pytest.approx(3 * widths[1], rel=1e-3)
