@@ -80,45 +80,43 @@ def make_post(body, **headers):
 def test_the_official_client_works_unchanged(server, texts):
   import openai
 
-  client = openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
-  [model] = [card.id for card in client.models.list()]
-  assert client.models.retrieve(model).id == model
-  for request in make_requests(6, 24)[:3]:
-    arguments = {"model": model, "prompt": request["prompt"], "temperature": 0}
-    arguments["max_tokens"] = request["max_tokens"]
-    whole = client.completions.create(**arguments, logprobs=2, echo=True)
-    [choice] = whole.choices
-    assert choice.text == request["prompt"] + texts[request["prompt"]]
-    assert len(choice.logprobs.token_logprobs) == whole.usage.total_tokens
-    pieces = list(client.completions.create(**arguments, stream=True))
-    assert "".join(piece.choices[0].text for piece in pieces) == texts[request["prompt"]]
-  messages = [{"role": "user", "content": "ABC"}]
-  chat = client.chat.completions.create(
-    model=model, messages=messages, max_completion_tokens=9, seed=1, logprobs=True, top_logprobs=2
-  )
-  pieces = client.chat.completions.create(
-    model=model, messages=messages, max_tokens=9, seed=1, stream=True
-  )
-  streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces)
-  assert streamed == chat.choices[0].message.content
-  assert len(chat.choices[0].logprobs.content) == chat.usage.completion_tokens == 9
-  embeddings = client.embeddings.create(model=model, input=["AB", "C"])
-  assert [len(item.embedding) for item in embeddings.data] == [16, 16]
-  with pytest.raises(openai.NotFoundError, match="not served"):
-    client.completions.create(model="gpt-5", prompt="A")
-  with pytest.raises(openai.BadRequestError, match="did you mean"):
-    client.completions.create(model=model, prompt="A", extra_body={"top_kk": 2})
-  drawn = client.completions.create(model=model, prompt="A", n=2, extra_body={"top_k": 1})
-  assert drawn.choices[0].text == drawn.choices[1].text
+  with openai.OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none") as client:
+    [model] = [card.id for card in client.models.list()]
+    assert client.models.retrieve(model).id == model
+    for request in make_requests(6, 24)[:3]:
+      arguments = {"model": model, "prompt": request["prompt"], "temperature": 0}
+      arguments["max_tokens"] = request["max_tokens"]
+      whole = client.completions.create(**arguments, logprobs=2, echo=True)
+      [choice] = whole.choices
+      assert choice.text == request["prompt"] + texts[request["prompt"]]
+      assert len(choice.logprobs.token_logprobs) == whole.usage.total_tokens
+      pieces = list(client.completions.create(**arguments, stream=True))
+      assert "".join(piece.choices[0].text for piece in pieces) == texts[request["prompt"]]
+    messages = [{"role": "user", "content": "ABC"}]
+    chat = client.chat.completions.create(
+      model=model, messages=messages, max_completion_tokens=9, seed=1, logprobs=True, top_logprobs=2
+    )
+    pieces = client.chat.completions.create(
+      model=model, messages=messages, max_tokens=9, seed=1, stream=True
+    )
+    streamed = "".join(piece.choices[0].delta.content or "" for piece in pieces)
+    assert streamed == chat.choices[0].message.content
+    assert len(chat.choices[0].logprobs.content) == chat.usage.completion_tokens == 9
+    embeddings = client.embeddings.create(model=model, input=["AB", "C"])
+    assert [len(item.embedding) for item in embeddings.data] == [16, 16]
+    with pytest.raises(openai.NotFoundError, match="not served"):
+      client.completions.create(model="gpt-5", prompt="A")
+    with pytest.raises(openai.BadRequestError, match="did you mean"):
+      client.completions.create(model=model, prompt="A", extra_body={"top_kk": 2})
+    drawn = client.completions.create(model=model, prompt="A", n=2, extra_body={"top_k": 1})
+    assert drawn.choices[0].text == drawn.choices[1].text
 
 
 @needs_openai
 def test_the_official_client_awaits(server, texts):
   import openai
 
-  async def work():
-    client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
-
+  async def work(client):
     async def one(request):
       stream = await client.completions.create(
         model="small",
@@ -129,9 +127,11 @@ def test_the_official_client_awaits(server, texts):
       )
       return "".join([piece.choices[0].text async for piece in stream])
 
-    return await asyncio.gather(*(one(request) for request in make_requests(6, 24)))
+    async with client:
+      return await asyncio.gather(*(one(request) for request in make_requests(6, 24)))
 
-  assert asyncio.run(work()) == list(texts.values())
+  client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none")
+  assert asyncio.run(work(client)) == list(texts.values())
 
 
 @needs_schemathesis

@@ -26,7 +26,6 @@ from gptjax.sweep.report import write_results
 from gptjax.sweep.results import as_good_as_best, group_by_setting, p_value
 from gptjax.sweep.study import Record, Study
 from gptjax.sweep.worker import work
-from gptjax.train import programs
 from gptjax.train.config import PretrainConfig
 from gptjax.train.finetune_config import FinetuneConfig
 
@@ -114,9 +113,7 @@ def swept(tmp_path_factory):
   plan = make_plan(str(path), {})
   study = Study(plan, folder / "run")
   study.enqueue()
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(programs, "_step_traces", 0)  # of this process, which has run other tests
-    work(plan, str(folder / "run"), "")
+  work(plan, str(folder / "run"), "")
   return plan, study
 
 

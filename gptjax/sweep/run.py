@@ -8,7 +8,7 @@ from gptjax.sweep.config import Plan
 from gptjax.sweep.display import SweepDisplay
 from gptjax.sweep.report import write_results
 from gptjax.sweep.study import Record, Study
-from gptjax.sweep.worker import work
+from gptjax.sweep.worker import work_as_process
 from gptjax.train.config import PretrainConfig
 from gptjax.train.loop import stop_signals
 
@@ -104,7 +104,7 @@ class _Crew:
   def start(self, workers: int) -> None:
     """Adds workers."""
     for _ in range(workers):
-      process = self._context.Process(target=work, args=self._arguments)
+      process = self._context.Process(target=work_as_process, args=self._arguments)
       process.start()
       self._processes.append(process)
 

@@ -25,16 +25,25 @@ LOG_NAME = "log.txt"
 STOPPED = 128 + signal.SIGTERM  # as a shell says it
 
 
+def work_as_process(plan: Plan, workdir: str, url: str) -> None:
+  """Runs trials as all that this process does; between trainings, a request to stop ends it."""
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+  work(plan, workdir, url)
+
+
 def work(plan: Plan, workdir: str, url: str) -> None:
   """Runs trials until there is none to take; asked to stop, it ends with status STOPPED."""
-  threading.Thread(target=_end_with_parent, daemon=True).start()
   study = Study(plan, workdir, url)
+  compiled_before = count_step_compilations()
   while True:
     with study.take() as trial:
       if trial is None:
         return
-      has_ended = run_trial(plan, trial)
-      study.set_compilations(count_step_compilations())
+      try:
+        has_ended = run_trial(plan, trial)
+      finally:
+        study.set_compilations(count_step_compilations() - compiled_before)
     if not has_ended:
       sys.exit(STOPPED)
 
