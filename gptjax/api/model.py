@@ -18,7 +18,8 @@ from gptjax.data.special_tokens import LISTS, ROLES
 from gptjax.data.task_config import TaskDataConfig
 from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import ConfigError, DataError, UserError, check_choice, did_you_mean
-from gptjax.generate.generator import Generation, Generator, Piece
+from gptjax.generate.answer import Generation
+from gptjax.generate.generator import Generator, Piece
 from gptjax.generate.options import DecodingOptions, is_sampled, parse_options
 from gptjax.model import decoder
 from gptjax.model.config import ModelConfig

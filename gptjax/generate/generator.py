@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from gptjax.data.tokenizer import Tokenizer
-from gptjax.errors import ConfigError, DataError
+from gptjax.errors import ConfigError
 from gptjax.generate import programs, sampling
-from gptjax.generate.beams import LENGTH as BEAMS_LENGTH
+from gptjax.generate.answer import REASONS, Generation, make_generation
 from gptjax.generate.beams import BeamPlan, make_ranking
 from gptjax.generate.beams import Texts as BeamTexts
 from gptjax.generate.candidates import Sampling, make_sampling
@@ -28,56 +28,18 @@ from gptjax.generate.options import (
   remove_padding,
   strategy,
 )
+from gptjax.generate.prompts import check_ids, encode_prompts
 from gptjax.generate.rules import make_rules, pad_lists
 from gptjax.generate.sampling import Controls, Texts
 from gptjax.generate.speculation import Draft
-from gptjax.generate.stopping import Stops, StopStrings, cut_at_stop
+from gptjax.generate.stopping import Stops, StopStrings
 from gptjax.generate.writer import Writer
 from gptjax.model.config import ModelConfig
 
 PyTree = Any
 
-_REASONS = {
-  sampling.END_TOKEN: "stop",
-  sampling.STOP_STRING: "stop",
-  sampling.LENGTH: "length",
-  BEAMS_LENGTH: "length",
-  sampling.RUNNING: "length",  # a beam that the rules left empty
-}
 # True float32 on every device.
 _exact = functools.partial(jax.default_matmul_precision, "highest")
-
-
-@dataclasses.dataclass(frozen=True)
-class Generation:
-  """What was generated; the rows of one prompt stand together.
-
-  Attributes:
-    prompts: token ids of each prompt.
-    texts: new text of each row, without end token and stop text; None without a tokenizer.
-    tokens: int32 [rows, length], prompts included, padded at the end.
-    logprobs: float32 [rows, new], in nats, under the model before any rule or warping; 0 after the
-      end of a row.
-    finish_reasons: "stop" (an end token or a stop text) or "length" of each row.
-    num_new: int32 [rows], new tokens of each row, the end token included.
-    scores: float32 [rows] of beams: summed scores / length ** length_penalty; else None.
-    top_tokens, top_logprobs: [rows, new, n], the likeliest at each place, if asked for.
-    seed: of the draws; None where nothing was drawn.
-    num_rounds: int32 [rows] where tokens were guessed: how often the model read guesses of the row,
-      which it does once a token without.
-  """
-
-  prompts: list[list[int]]
-  texts: list[str] | None
-  tokens: np.ndarray
-  logprobs: np.ndarray
-  finish_reasons: list[str]
-  num_new: np.ndarray
-  scores: np.ndarray | None = None
-  top_tokens: np.ndarray | None = None
-  top_logprobs: np.ndarray | None = None
-  seed: int | None = None
-  num_rounds: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +107,9 @@ class Generator:
     }.get(strategy(options), self._sample)
     with _exact():
       rows = run(ids, options, lengths, seed)
-    return self._answer(ids, rows, options, seed)
+    wanted = (options.pad_token_id, self._pad_id, *options.eos_token_id, 0)
+    padding = next(token for token in wanted if token is not None)
+    return make_generation(ids, rows, options, seed, self.tokenizer, padding)
 
   def stream(self, prompt: Any, options: DecodingOptions) -> Iterator[Piece]:
     """Continues one prompt, a token at a time; pieces joined are the text of `generate`.
@@ -175,12 +139,12 @@ class Generator:
       text = writer.step(
         token, is_last=finish != sampling.RUNNING, is_end=finish == sampling.END_TOKEN
       )
-      reason = None if finish == sampling.RUNNING else _REASONS[finish]
+      reason = None if finish == sampling.RUNNING else REASONS[finish]
       yield Piece(text, token, logprob, reason)
 
   def read(self, prompts: Any, options: DecodingOptions):
     """Checks what was given; returns (ids of each prompt, options all looked up, lengths)."""
-    ids = self._encode(prompts)
+    ids = encode_prompts(prompts, self.tokenizer)
     if options.attention_mask is not None:
       ids = remove_padding(ids, options)
     if options.eos_token_id is None:
@@ -188,37 +152,13 @@ class Generator:
     options = encode_bad_words(options, self.tokenizer)
     prompt_lengths = [len(row) for row in ids]
     check_options(options, self.config, prompt_lengths, options.eos_token_id)
-    _check_ids(ids, self.config.vocab_size)
+    check_ids(ids, self.config.vocab_size)
     if options.top_logprobs > self.config.vocab_size:
       raise ConfigError(
         f"top_logprobs is {options.top_logprobs}, more than the vocabulary's"
         f" {self.config.vocab_size}; lower it"
       )
     return ids, options, resolve_lengths(options, prompt_lengths, self.config.context_length)
-
-  def _encode(self, prompts: Any) -> list[list[int]]:
-    if isinstance(prompts, str):
-      prompts = [prompts]
-    if hasattr(prompts, "tolist"):
-      prompts = np.asarray(prompts).tolist()
-    if not isinstance(prompts, list | tuple):
-      raise DataError(f"prompts are a {type(prompts).__name__}; give text, texts or rows of ids")
-    if prompts and all(isinstance(prompt, int | np.integer) for prompt in prompts):
-      prompts = [prompts]
-    return [self._encode_one(prompt) for prompt in prompts]
-
-  def _encode_one(self, prompt: Any) -> list[int]:
-    if isinstance(prompt, str):
-      if self.tokenizer is None:
-        raise DataError("the model has no tokenizer; give token ids instead of text")
-      return self.tokenizer.encode(prompt)
-    try:
-      array = np.asarray(prompt)
-    except ValueError:
-      array = np.array("")
-    if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
-      raise DataError("a prompt is neither a text nor a row of whole numbers; correct it")
-    return array.tolist()
 
   def _set_up(
     self, ids, options, lengths: Lengths, seed: int, first_prompt: int = 0
@@ -493,62 +433,6 @@ class Generator:
     for line, row in zip(padded, ids):
       line[: len(row)] = row
     return padded
-
-  def _answer(self, ids, rows: FinishedRows, options: DecodingOptions, seed: int) -> Generation:
-    new_R = rows.length_R - rows.prompt_length_R
-    # Places of the new tokens, [R, new]; those after a row's end are marked.
-    steps_N = np.arange(max(int(new_R.max()), 1))
-    is_new_RN = steps_N[None] < new_R[:, None]
-    place_RN = np.minimum(
-      rows.prompt_length_R[:, None] + steps_N[None], rows.tokens_RS.shape[1] - 1
-    )
-    width = int(rows.length_R.max())
-    is_token_RL = np.arange(width)[None] < rows.length_R[:, None]
-    top_tokens = top_logprobs = None
-    if rows.alternatives is not None:
-      at = np.arange(len(new_R))[:, None], place_RN
-      top_tokens = np.where(is_new_RN[..., None], rows.alternatives.ids_RSX[at], 0)
-      top_logprobs = np.where(is_new_RN[..., None], rows.alternatives.logprobs_RSX[at], 0)
-    return Generation(
-      prompts=ids,
-      texts=None if self.tokenizer is None else self._texts(rows, options),
-      tokens=np.where(is_token_RL, rows.tokens_RS[:, :width], self._padding(options)),
-      logprobs=np.where(is_new_RN, np.take_along_axis(rows.logprobs_RS, place_RN, axis=1), 0),
-      finish_reasons=[_REASONS[int(code)] for code in rows.finish_R],
-      num_new=new_R,
-      scores=rows.scores_R,
-      top_tokens=top_tokens,
-      top_logprobs=top_logprobs,
-      seed=int(seed) if is_sampled(options) else None,
-      num_rounds=rows.num_rounds_R,
-    )
-
-  def _padding(self, options: DecodingOptions) -> int:
-    if options.pad_token_id is not None:
-      return options.pad_token_id
-    return next(iter((*([] if self._pad_id is None else [self._pad_id]), *options.eos_token_id)), 0)
-
-  def _texts(self, rows: FinishedRows, options: DecodingOptions) -> list[str]:
-    texts = []
-    lines = zip(rows.tokens_RS, rows.prompt_length_R, rows.length_R, rows.finish_R)
-    for tokens_S, prompt_length, length, finish in lines:
-      last = length - (finish == sampling.END_TOKEN)
-      ids = tokens_S[:last].tolist()
-      # Spare rows of a vocabulary have ids that no tokenizer knows.
-      new = [i for i in ids[prompt_length:] if i < self.tokenizer.vocab_size]
-      text = self.tokenizer.decode_after(ids[:prompt_length], new)
-      texts.append(cut_at_stop(text, options.stop))
-    return texts
-
-
-def _check_ids(ids: list[list[int]], vocab_size: int) -> None:
-  for row in ids:
-    outside = [token for token in row if not 0 <= token < vocab_size]
-    if outside:
-      raise DataError(
-        f"a prompt has the token {outside[0]}, but the model's are 0 to {vocab_size - 1};"
-        " encode it with the tokenizer of the model"
-      )
 
 
 def draw_seed(options: DecodingOptions) -> np.uint32:

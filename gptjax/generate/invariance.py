@@ -12,7 +12,8 @@ import numpy as np
 
 from gptjax.errors import DataError
 from gptjax.generate import programs
-from gptjax.generate.generator import Generation, Generator
+from gptjax.generate.answer import Generation
+from gptjax.generate.generator import Generator
 from gptjax.generate.options import DecodingOptions
 
 TOLERANCE = 1e-4  # nats

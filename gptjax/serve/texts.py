@@ -10,7 +10,8 @@ import math
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
-from gptjax.generate.generator import Generation, draw_seed
+from gptjax.generate.answer import Generation
+from gptjax.generate.generator import draw_seed
 from gptjax.generate.options import DecodingOptions, is_sampled, parse_options, strategy
 from gptjax.generate.slots import Produced, Prompt, Read
 from gptjax.serve.engine import Engine, Event
