@@ -38,7 +38,9 @@ def run(options: argparse.Namespace) -> int:
   try:
     from gptjax.serve import app, engine, server
   except ImportError as error:
-    raise ConfigError(f'{error}; install what serving needs: pip install "gptjax[serve]"') from None
+    raise ConfigError(
+      f"{error}; serving needs more packages: run `.venv/bin/pip install -e '.[serve]'`"
+    ) from None
   limits = engine.Limits(
     options.num_slots, options.num_positions, options.max_queue, options.time_limit
   )

@@ -1,6 +1,6 @@
 """A multiple-choice task cut out of books: which of four passages comes next?
 
-    python -m gptjax.data.next_passage BOOK.txt ... --out data/next_passage
+    python -m gptjax.data.next_passage BOOK.txt ... --out data/tasks/next_passage
 
 Every row is a passage and four answers: the one that follows it in the book, and three that follow
 other passages of the same part of the same book, so that no answer is likelier by itself. The end

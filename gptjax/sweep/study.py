@@ -30,7 +30,9 @@ try:
   from optuna.storages.journal import JournalFileBackend
   from optuna.trial import FrozenTrial, TrialState
 except ModuleNotFoundError as error:
-  raise UserError('sweeps need the package optuna; run `pip install "gptjax[sweep]"`') from error
+  raise UserError(
+    "sweeps need the package optuna; run `.venv/bin/pip install -e '.[sweep]'`"
+  ) from error
 
 STUDY_NAME = "gptjax"
 LEAST_VALUES = 4  # of the objective, to say which key decided it

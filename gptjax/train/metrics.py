@@ -176,5 +176,5 @@ def _import_tracker(module: str, extra: str) -> ModuleType:
   except ModuleNotFoundError as error:
     raise ConfigError(
       f'train.trackers names "{extra}", but the package {module} is not installed;'
-      f' run `pip install "gptjax[{extra}]"` or leave it out'
+      f" run `.venv/bin/pip install -e '.[{extra}]'` or leave it out"
     ) from error

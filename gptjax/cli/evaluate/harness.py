@@ -69,5 +69,6 @@ def _needing_the_harness() -> Iterator[None]:
     yield
   except ModuleNotFoundError as error:
     raise ConfigError(
-      f"the harness is not installed ({error.name} is missing): pip install 'gptjax[harness]'"
+      f"the harness is not installed ({error.name} is missing);"
+      " run `.venv/bin/pip install -e '.[harness]'`"
     ) from error
