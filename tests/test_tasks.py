@@ -128,6 +128,15 @@ def test_labels_of_json_are_spelled_as_text(tmp_path):
   assert [example.label for example in examples] == [1, 0, 2]
 
 
+def test_whole_numbers_are_one_label_however_they_are_written(tmp_path):
+  table = write_table(tmp_path / "a.tsv", [("text", "label"), ("x", "1.0"), ("y", "0"), ("z", "9")])
+  for labels in (("0", "1"), ("0.0", "1.0")):
+    examples = read(table, labels=labels, skipped_labels=("9.0",))
+    assert [example.label for example in examples] == [1, 0]
+  data = load_task(config_of(table, valid_files=(str(table),), skipped_labels=("9.0",)))
+  assert data.task.labels == ("0", "1")
+
+
 def test_validation_is_drawn_by_text(tmp_path):
   rows = [(f"text {number // 3}", "ab"[number % 2]) for number in range(300)]
   forth = load_task(config_of(write_table(tmp_path / "a.tsv", [("text", "label"), *rows])))
@@ -178,8 +187,12 @@ def test_examples_without_label_are_for_prediction_only(tmp_path):
     read_examples(config, (str(file),), needs_labels=True)
   write_table(file, [("text", "label"), ("x", "-1"), ("y", "a")])
   assert [example.label for example in read_examples(config, (str(file),))[0]] == [None, 0]
-  with pytest.raises(DataError, match='has no "label", but "-1"'):
+  with pytest.raises(DataError, match=r'has no "label", but "-1".*name "-1" in data.labels'):
     read_examples(config, (str(file),), needs_labels=True)
+  question = {"article": "x", "questions": ["?", "!"], "options": [["a", "b"], ["c", "d"]], "id": 1}
+  file = write_json(tmp_path / "a.jsonl", question)
+  examples, _ = read_examples(TaskDataConfig(adapter="race"), (str(file),))
+  assert [(example.id, example.label) for example in examples] == [("1-1", None), ("1-2", None)]
 
 
 def test_what_is_left_out_is_said(tmp_path):
@@ -234,7 +247,10 @@ LABELLED = {"labels": ("a", "b")}
     ("a.tsv", "text\tlabel\nx\t\n", LABELLED, 'has no "label"'),
     ("a.tsv", "text\tlabel\nx\ta\nx\n", LABELLED, "line 3 has 1 columns where 2 are named"),
     ("a.csv", 'text,label\n"x\ny",a\nx,a,b\n', LABELLED, "line 4 has 3 columns where 2"),
+    ("a.csv", 'text,label\n"x,a\ny,b\n', {}, "line 3 has 1 columns where 2 are named"),
+    ("a.tsv", "text\ttext\tlabel\nx\ty\ta\n", LABELLED, 'has two columns "text"'),
     ("a.tsv", "text\tlabel\n", LABELLED, "no example"),
+    ("a.tsv", "text\tlabel\n", {}, "no example"),
     ("a.tsv", "", LABELLED, "is empty"),
     ("a.txt", "x", LABELLED, "unknown kind.*data.file_format"),
     ("a.tsv", "text\tlabel\nx\ta\n", {}, "has 1 different values in training"),
@@ -244,6 +260,8 @@ LABELLED = {"labels": ("a", "b")}
     ("a.json", "[1]", LABELLED, "record 1 is 1; it must be a JSON object"),
     ("a.json", '{"text": ', LABELLED, "cannot be read"),
     ("a.jsonl", '{"text": ["x"], "label": "a"}\n', LABELLED, "must be a text"),
+    ("a.jsonl", '{"text": NaN, "label": "a"}\n', LABELLED, 'an empty "text"'),
+    ("a.jsonl", '{"text": "x", "label": ["a"]}\n', {}, "must be one label"),
     ("a.jsonl", '{"q": "?", "choices": ["x"], "label": 0}\n', CHOICE, "one answer to choose from"),
     ("a.jsonl", '{"q": "?", "choices": [], "label": 0}\n', CHOICE, "no answers to choose from"),
     ("a.jsonl", '{"q": "?", "choices": "x", "label": 0}\n', CHOICE, "must be a list of answers"),
@@ -311,6 +329,7 @@ def test_too_many_labels_and_a_single_text_are_refused(tmp_path):
     ({"family": "similarity", "target": "score", "labels": ("a", "b")}, "has no effect"),
     ({"family": "classification", "labels": ("a", "a")}, "each must be there once"),
     ({"family": "classification", "labels": ("a",)}, "at least two"),
+    ({"family": "classification", "label_column": "text"}, "a text column too"),
     ({"adapter": "sst2", "labels": ("a", "b", "c")}, "give each label its value"),
     ({"adapter": "stsb", "score_range": (5.0, 0.0)}, "lowest, highest"),
     ({"adapter": "stsb", "metrics": ("accuracy",)}, "metrics of a score"),

@@ -6,6 +6,7 @@ Imports no jax.
 import collections
 import dataclasses
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,8 @@ from gptjax.errors import DataError, did_you_mean
 
 # How benchmarks mark examples whose label they keep to themselves.
 HIDDEN_LABELS = ("", "-1", "?")
+# A whole number that was written as another: tables do so where some labels are missing.
+_WHOLE = re.compile(r"^(-?\d+)\.0+$")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,10 +93,12 @@ def split_records(form: TaskFormat, records: Iterable[Record]) -> Iterator[Item]
     DataError: a missing column, or lists that do not match.
   """
   for record in records:
-    if not form.list_columns or record.unequal:
+    # Whoever needs a label says that it is missing.
+    columns = [c for c in form.list_columns if c != form.label_column or _has(record, c)]
+    if not columns or record.unequal:
       yield Item(record.place, record.values, record.unequal)
       continue
-    lists = {column: look_up(record.values, column, record.place) for column in form.list_columns}
+    lists = {column: look_up(record.values, column, record.place) for column in columns}
     for column, entries in lists.items():
       if not isinstance(entries, list):
         raise DataError(f'{record.place}: "{column}" is {entries!r:.40}; it must be a list')
@@ -106,13 +111,34 @@ def split_records(form: TaskFormat, records: Iterable[Record]) -> Iterator[Item]
       yield Item(f"{record.place} entry {number}", values, part=str(number))
 
 
+def is_unequal(form: TaskFormat, item: Record) -> bool:
+  """Says whether an item is to be left out for its columns; raises DataError if it may not be."""
+  if item.unequal and "unequal_columns" not in form.skipped_faults:
+    raise DataError(
+      f"{item.place} has {item.unequal}; mend the line, or leave such lines out by"
+      ' data.skipped_faults ["unequal_columns"]'
+    )
+  return bool(item.unequal)
+
+
+def label_of(item: Record, column: str) -> str:
+  """Returns the label of an item as it is spelled; "" is none.
+
+  Raises:
+    DataError: there is no such column, or it holds several labels.
+  """
+  value = look_up(item.values, column, item.place)
+  if not (value is None or isinstance(value, str | int | float)):
+    raise DataError(f'{item.place}: "{column}" is {value!r:.40}; it must be one label')
+  return spell_label(value)
+
+
 def spell_label(value: Any) -> str:
-  """Spells a label as a text file would: None, 1.0 and True of JSON are "", "1" and "true"."""
-  if isinstance(value, bool):
-    return str(value).lower()
-  if isinstance(value, float) and value.is_integer():
-    return str(int(value))
-  return "" if value is None else str(value).strip()
+  """Spells a label alike in all kinds of files: true for True, 1 for "1.0", "" for None and NaN."""
+  if value is None or value != value:
+    return ""
+  text = str(value).lower() if isinstance(value, bool) else str(value).strip()
+  return _WHOLE.sub(r"\1", text)
 
 
 class _Maker:
@@ -121,20 +147,19 @@ class _Maker:
   def __init__(self, form: TaskFormat, needs_labels: bool):
     self._form = form
     self._needs_labels = needs_labels
-    values = {value: index for index, value in enumerate(form.label_values)}
-    self._classes = {name: index for index, name in enumerate(form.labels)} | values
+    self._skipped = {spell_label(value) for value in form.skipped_labels}
+    self._classes = {
+      spell_label(name): index
+      for names in (form.labels, form.label_values)
+      for index, name in enumerate(names)
+    }
 
   def find_fault(self, item: Item) -> str:
     """Says why an item is to be left out, or ""; raises DataError for a fault not to be skipped."""
     form = self._form
-    if item.unequal:
-      if "unequal_columns" not in form.skipped_faults:
-        raise DataError(
-          f"{item.place} has {item.unequal}; mend the line, or leave such lines out by"
-          ' data.skipped_faults ["unequal_columns"]'
-        )
+    if is_unequal(form, item):
       return "unequal columns"
-    if form.skipped_labels and (label := self._label_text(item)) in form.skipped_labels:
+    if self._skipped and (label := self._label_text(item)) in self._skipped:
       return f'label "{label}"'
     for column, value in self._texts(item):
       if _is_empty(value):
@@ -219,16 +244,19 @@ class _Maker:
 
   def _label_text(self, item: Item) -> str:
     column = self._form.label_column
-    if not self._needs_labels and not {column, column.partition(".")[0]} & item.values.keys():
+    if not self._needs_labels and not _has(item, column):
       return ""
-    return spell_label(look_up(item.values, column, item.place))
+    return label_of(item, column)
 
   def _label(self, item: Item, labels: Mapping[str, int]) -> int | float | None:
     form, text = self._form, self._label_text(item)
     is_score = form.target == "score"
     if text in HIDDEN_LABELS and not (is_score and text == "-1") and text not in labels:
       if self._needs_labels:
-        raise DataError(f'{item.place} has no "{form.label_column}", but "{text}"; give it one')
+        hint = f', or name "{text}" in data.labels if it is one' * bool(text and form.labels)
+        raise DataError(
+          f'{item.place} has no "{form.label_column}", but "{text}"; give it a label{hint}'
+        )
       return None
     if is_score:
       return self._score(item, text)
@@ -250,5 +278,9 @@ class _Maker:
     return score
 
 
+def _has(item: Record, column: str) -> bool:
+  return column in item.values or column.partition(".")[0] in item.values
+
+
 def _is_empty(value: Any) -> bool:
-  return value is None or (isinstance(value, str) and not value.strip())
+  return value is None or value != value or (isinstance(value, str) and not value.strip())

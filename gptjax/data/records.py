@@ -131,7 +131,7 @@ def _quoted_rows(file: TextIO) -> Iterator[tuple[int, list[str]]]:
   csv.field_size_limit(sys.maxsize)
   reader = csv.reader(file)
   for fields in reader:
-    if fields:
+    if len(fields) > 1 or any(map(str.strip, fields)):
       yield reader.line_num, fields
 
 
@@ -147,6 +147,8 @@ def _read_table(
   names, is_exact = first[1], True
   if column_names and not set(header) <= set(names):
     names, is_exact, rows = list(column_names), False, itertools.chain([first], rows)
+  if twice := {name for name in names if name and names.count(name) > 1}:
+    raise DataError(f'"{path}" has two columns "{min(twice)}"; name them differently')
   for number, fields in rows:
     place = f'"{path}" line {number}'
     unequal = ""

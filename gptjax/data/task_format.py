@@ -162,6 +162,8 @@ def _refuse_stray(form: TaskFormat) -> None:
         f' "{form.family}" and data.target "{form.target}"; leave it out'
       )
   texts = (*form.text_columns, *form.text2_columns, *form.choice_columns)
+  if form.label_column in texts:
+    raise ConfigError(f'data.label_column is "{form.label_column}", which is a text column too')
   for column in form.wording:
     if column not in texts:
       raise ConfigError(f'data.wording is of "{column}", which is none of the text columns')

@@ -13,11 +13,13 @@ from gptjax.data.adapters import NOT_RUN
 from gptjax.data.examples import (
   HIDDEN_LABELS,
   Example,
+  is_unequal,
+  label_of,
   make_examples,
   spell_label,
   split_records,
 )
-from gptjax.data.records import Record, look_up, read_files, read_hub
+from gptjax.data.records import Record, read_files, read_hub
 from gptjax.data.task_config import TaskDataConfig
 from gptjax.data.task_format import Task
 from gptjax.errors import ConfigError, DataError
@@ -105,15 +107,17 @@ def _with_labels(config: TaskDataConfig, records: Records) -> TaskDataConfig:
   form = config.format
   if form.target == "score" or form.family == "multiple_choice" or form.labels:
     return config
-  unlabelled, found = {*form.skipped_labels, *HIDDEN_LABELS}, set()
+  unlabelled, found = {*map(spell_label, form.skipped_labels), *HIDDEN_LABELS}, set()
   for item in split_records(form, records()):
-    if not item.unequal:
-      found.add(spell_label(look_up(item.values, form.label_column, item.place)))
+    if not is_unequal(form, item):
+      found.add(label_of(item, form.label_column))
     if len(found) > MOST_FOUND_LABELS:
       raise DataError(
         f'"{form.label_column}" has more than {MOST_FOUND_LABELS} different values; name the'
         ' labels in data.labels, or set data.target "score" if they are scores'
       )
+  if not found:
+    return config  # there is no example, which make_examples says
   labels = sorted(found - unlabelled, key=_numbers_first)
   if len(labels) < 2:
     raise DataError(
