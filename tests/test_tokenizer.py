@@ -218,7 +218,7 @@ def test_what_a_post_processor_adds_is_added_when_asked(bpe, tmp_path):
   first, text = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}, {"id": "A", "type_id": 0}
   spec["post_processor"] = {
     "type": "TemplateProcessing",
-    "single": [first, {"Sequence": text}],
+    "single": [first, {"Sequence": text}, first],
     "pair": [{"Sequence": text}, {"Sequence": text | {"id": "B"}}],
     "special_tokens": {"<|endoftext|>": end},
   }
@@ -226,13 +226,60 @@ def test_what_a_post_processor_adds_is_added_when_asked(bpe, tmp_path):
   tokenizer = load_tokenizer(tmp_path)
   ids = bpe.encode("the dog")
   assert tokenizer.encode("the dog") == ids
-  assert tokenizer.encode("the dog", add_special_tokens=True) == [bpe.end_id, *ids]
+  assert tokenizer.encode("the dog", add_special_tokens=True) == [bpe.end_id, *ids, bpe.end_id]
+  # Roles that are noted change nothing of it; the last ones count.
+  for token in ("a", "b"):
+    tokenizer = load_tokenizer(tmp_path, pad_token=token)
+    assert tokenizer.encode("the dog", add_special_tokens=True) == [bpe.end_id, *ids, bpe.end_id]
+    tokenizer.save(tmp_path / "tokenizer.json")
+  assert load_tokenizer(tmp_path).roles["pad_token"] == "b"
 
 
 def test_no_tokenizer_of_a_known_kind(tmp_path):
-  (tmp_path / "vocab.txt").write_text("[UNK]\nthe\n")
+  (tmp_path / "vocab").write_text("the\n")
   with pytest.raises(UnknownTokenizerError, match="that gptjax knows"):
     load_tokenizer(tmp_path)
+  (tmp_path / "vocab.txt").write_text("the\n")
+  with pytest.raises(UnknownTokenizerError, match=r"it has no \[UNK\]"):
+    load_tokenizer(tmp_path)
+
+
+def write_bert(folder):
+  pieces = "[PAD] [UNK] [CLS] [SEP] [MASK] the The ##re ##é cafe caf 东 北 大 学 , . a ##b"
+  (folder / "vocab.txt").write_text(pieces.replace(" ", "\n") + "\n")
+
+
+def test_word_pieces_of_bert(tmp_path):
+  write_bert(tmp_path)
+  tokenizer = load_tokenizer(tmp_path)
+  ids = tokenizer.encode("There, 东北x 大学. [SEP] café")
+  assert ids[:3] == [5, 7, 15] and ids[-1] == 9 and 3 not in ids
+  assert tokenizer.decode([5, 7, 15, 11, 12, 9]) == "there, 东 北 cafe"
+  assert tokenizer.encode("ab", add_special_tokens=True) == [2, 17, 18, 3]
+  assert (tokenizer.pad_id, tokenizer.unk_id, tokenizer.end_id) == (0, 1, None)
+  assert load_tokenizer(tmp_path, do_lower_case=False).encode("The café") == [6, 10, 8]
+  tokenizer.save(tmp_path / "tokenizer.json")
+  assert load_tokenizer(tmp_path).encode("There, 东北x 大学. [SEP] café") == ids
+  (tmp_path / "tokenizer.json").unlink()
+  with pytest.raises(ConfigError, match="gpt1-hf is not for it"):
+    load_tokenizer(f"gpt1-hf:{tmp_path}")
+
+
+@pytest.mark.hf
+@needs_shared
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", [{}, {"do_lower_case": False, "strip_accents": True}])
+def test_word_pieces_are_transformers(tmp_path, config):
+  from transformers import BertTokenizer
+
+  write_bert(tmp_path)
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+  theirs, ours = BertTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+  texts = [*_texts(), "There, 东北x 大学. [SEP] café The"]
+  expected = [theirs(text, add_special_tokens=False)["input_ids"] for text in texts]
+  assert [ours.encode(text, parse_special_tokens=True) for text in texts] == expected
+  assert [ours.decode(ids) for ids in expected] == theirs.batch_decode(expected)
+  assert ours.encode("a", add_special_tokens=True) == theirs("a")["input_ids"]
 
 
 @pytest.mark.parametrize("cut", [0, 1, 2])

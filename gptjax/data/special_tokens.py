@@ -143,7 +143,8 @@ def write_notes(backend: Backend, notes: Mapping[str, str]) -> None:
       for name, text in notes.items()
     ],
   )
-  backend.post_processor = processors.Sequence([earlier, note]) if earlier else note
+  # First: a template after one that puts tokens at both ends would meet three parts, and panics.
+  backend.post_processor = processors.Sequence([note, earlier]) if earlier else note
 
 
 def read_notes(backend: Backend) -> dict[str, str]:
@@ -159,8 +160,8 @@ def read_notes(backend: Backend) -> dict[str, str]:
       for name, token in (step.get("special_tokens") or {}).items()
       if name.startswith(_NOTE)
     }
-    if found.keys() & set(ROLES):
-      notes = {name: text for name, text in notes.items() if name not in ROLES}
+    if notes.keys() & set(ROLES):
+      found = {name: text for name, text in found.items() if name not in ROLES}
     notes |= found
   return notes
 

@@ -288,14 +288,15 @@ def load_tokenizer(
 
   Args:
     path: a tokenizer.json, a SentencePiece .model, or a folder with one of them, with
-      encoder.json + vocab.bpe, vocab.json + merges.txt, or GPT-1's encoder_bpe_40000.json +
-      vocab_40000.bpe. GPT-1's text handling is `gpt1-paper` for OpenAI's own files and `gpt1-hf`
-      for others with `</w>`; "gpt1-paper:PATH" or "gpt1-hf:PATH" says which.
+      encoder.json + vocab.bpe, vocab.json + merges.txt, BERT's vocab.txt, or GPT-1's
+      encoder_bpe_40000.json + vocab_40000.bpe. GPT-1's text handling is `gpt1-paper` for OpenAI's
+      own files and `gpt1-hf` for others with `</w>`; "gpt1-paper:PATH" or "gpt1-hf:PATH" says
+      which.
     end_token: text of the end token, which the tokenizer must have; "" for none; None finds it:
       eos_token given here, noted in the file or in tokenizer_config.json, or
       `special_tokens.usual_roles`.
-    do_lower_case: lower-case text for a SentencePiece model; None does what tokenizer_config.json
-      says.
+    do_lower_case: lower-case text for a SentencePiece model or BERT's; None does what
+      tokenizer_config.json says.
     given: special tokens by role, as transformers' `AutoTokenizer.from_pretrained` takes them:
       bos_token="[BOS]", pad_token=..., additional_special_tokens=[...]. Those that the vocabulary
       lacks are added after its last id (`Tokenizer.added_tokens`).

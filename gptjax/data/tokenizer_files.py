@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from gptjax.data import special_tokens
 from gptjax.data.gpt1_tokenizer import MODES, WORD_END, make_gpt1_backend
@@ -12,6 +12,14 @@ from gptjax.errors import ConfigError, DataError, UnknownTokenizerError
 
 _OPENAI_GPT1 = ("encoder_bpe_40000.json", "vocab_40000.bpe")
 _MAX_IDS = 1 << 24
+_BERT = "vocab.txt"
+_BERT_ROLES = {
+  "unk_token": "[UNK]",
+  "sep_token": "[SEP]",
+  "pad_token": "[PAD]",
+  "cls_token": "[CLS]",
+  "mask_token": "[MASK]",
+}
 _PAIRS = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"), _OPENAI_GPT1)
 
 
@@ -39,25 +47,35 @@ def read_backend(
   roles, others = special_tokens.read_roles(folder)
   file = path / "tokenizer.json" if path.is_dir() else path
   pair = next((p for p in _PAIRS if all((folder / name).is_file() for name in p)), None)
-  if do_lower_case and not _sentencepiece_file(path):
+  has_pairs = (file.is_file() and file.suffix != ".model") or (path.is_dir() and pair)
+  sentencepiece = None if has_pairs else _sentencepiece_file(path)
+  is_bert = not has_pairs and not sentencepiece and (path / _BERT).is_file()
+  if do_lower_case and not (is_bert or sentencepiece):
     raise ConfigError(
-      f'do_lower_case is for SentencePiece models, and "{path}" says itself whether it lower-cases'
+      "do_lower_case is for SentencePiece models and BERT's vocab.txt, and"
+      f' "{path}" says itself whether it lower-cases'
     )
+  if mode and (is_bert or sentencepiece):
+    raise ConfigError(f'"{path}" has no byte pairs, so {mode} is not for it')
   if file.is_file() and file.suffix != ".model":
     backend = _read_tokenizer_json(file, mode)
   elif path.is_dir() and pair:
     backend = _read_pair(folder, pair, mode)
-  elif found := _sentencepiece_file(path):
+  elif sentencepiece:
     if do_lower_case is None:
       config = special_tokens.read_json(folder / "tokenizer_config.json")
       do_lower_case = bool(config.get("do_lower_case"))
-    model = read_sentencepiece(found)
+    model = read_sentencepiece(sentencepiece)
     backend = make_sentencepiece_backend(model, do_lower_case)
     roles = model.roles | roles
+  elif is_bert:
+    backend, bert_roles = _read_bert(folder, roles, do_lower_case)
+    roles = bert_roles | roles
   else:
     raise UnknownTokenizerError(
       f'no tokenizer in "{path}" that gptjax knows; give "char", "bpe", a tokenizer.json, a'
-      " SentencePiece .model, or a folder with one or with encoder.json and vocab.bpe"
+      " SentencePiece .model, or a folder with one, with encoder.json and vocab.bpe, or with BERT's"
+      " vocab.txt"
     )
   if path.is_dir():
     special_tokens.add_listed_tokens(backend, folder, {*roles.values(), *others})
@@ -124,6 +142,42 @@ def _read_pair(folder: Path, pair: tuple[str, str], mode: str | None) -> Backend
   if special_tokens.END_TOKEN in vocab:
     backend.add_special_tokens([special_tokens.END_TOKEN])
   return backend
+
+
+def _read_bert(
+  folder: Path, said: dict[str, str], do_lower_case: bool | None
+) -> tuple[Backend, dict[str, str]]:
+  """Reads BERT's word pieces, which Chinese GPT-2s have, and the roles that it gives by itself.
+
+  Source: transformers, models/bert/tokenization_bert.py.
+  """
+  lines = (folder / _BERT).read_text(encoding="utf-8").split("\n")
+  vocab = {token: index for index, token in enumerate(lines) if token}
+  roles = {role: t for role, t in (_BERT_ROLES | said).items() if role in _BERT_ROLES}
+  unknown = roles["unk_token"]
+  if unknown not in vocab:
+    raise UnknownTokenizerError(f'"{folder / _BERT}" is not BERT\'s: it has no {unknown}')
+  config = special_tokens.read_json(folder / "tokenizer_config.json")
+  if do_lower_case is None:
+    do_lower_case = bool(config.get("do_lower_case", True))
+  backend = Backend(models.WordPiece(vocab, unk_token=unknown))
+  backend.normalizer = normalizers.BertNormalizer(
+    handle_chinese_chars=bool(config.get("tokenize_chinese_chars", True)),
+    strip_accents=config.get("strip_accents"),
+    lowercase=do_lower_case,
+  )
+  backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  backend.decoder = decoders.WordPiece("##")
+  known = {role: token for role, token in roles.items() if token in vocab}
+  backend.add_special_tokens(list(known.values()))
+  if known.keys() >= {"cls_token", "sep_token"}:
+    start, end = known["cls_token"], known["sep_token"]
+    backend.post_processor = processors.TemplateProcessing(
+      single=f"{start} $A {end}",
+      pair=f"{start} $A {end} $B:1 {end}:1",
+      special_tokens=[(start, vocab[start]), (end, vocab[end])],
+    )
+  return backend, known
 
 
 def _gpt1(path: Path, vocab: dict[str, int], merges: list[tuple[str, str]], mode: str) -> Backend:
