@@ -109,7 +109,7 @@ def test_bytes_and_characters_part_where_text_is_not_ascii(model, scorer, tmp_pa
 
 
 def test_documents_are_scored_apart(model, scorer, tmp_path):
-  texts = [make_text(length, seed=length) for length in (30, 9, 41)]
+  texts = [make_text(length, seed=length) for length in (1, 30, 9, 41)]
   lines = "".join(json.dumps({"body": text}) + "\n" for text in texts)
   path = write(tmp_path, lines, "texts.jsonl")
   protocol = Protocol(text_column="body")
@@ -117,7 +117,9 @@ def test_documents_are_scored_apart(model, scorer, tmp_path):
   parts = [expected_nats(model, model.tokenizer.encode(text), 24, 12) for text in texts]
   nats, tokens = map(sum, zip(*parts))
   assert found["nats_per_token"] == pytest.approx(nats / tokens, rel=TOLERANCE)
-  assert found["counts"]["documents"] == 3 and found["tokens"] == 77
+  assert found["counts"]["documents"] == 4 and found["tokens"] == 77
+  # The first of each document, and so all of that of one token.
+  assert found["counts"]["tokens_not_scored"] == 4 and found["counts"]["characters"] == 81
 
 
 def test_lines_are_documents_of_a_text_file_and_records_stay_whole(tmp_path):
@@ -226,6 +228,9 @@ def test_errors_are_over_documents_where_there_are_many():
   assert independent_units(few)[0] == "windows"
   kind, units = independent_units(many)
   assert kind == "documents" and list(units) == list(many)
+  # A document without window is no unit.
+  assert list(independent_units(2 * many)[1]) == list(many)
+  assert independent_units(2 * few)[0] == "windows"
 
 
 def test_what_is_worth_a_remark(model, scorer, tmp_path):

@@ -21,7 +21,9 @@ def perplexity_of(nats: float) -> float | None:
 
 def independent_units(document_W: np.ndarray) -> tuple[str, np.ndarray]:
   """Returns what is taken as independent, and the number of the unit of each window."""
-  if document_W[-1] + 1 >= FEWEST_DOCUMENTS:
+  # A document of one token has no window, and is no unit.
+  documents, document_W = np.unique(document_W, return_inverse=True)
+  if len(documents) >= FEWEST_DOCUMENTS:
     return "documents", document_W
   return "windows", np.arange(len(document_W))
 

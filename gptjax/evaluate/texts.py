@@ -200,10 +200,9 @@ def _token_corpus(
 
 
 def _begin(documents: list[np.ndarray], start: list[int], data: Sequence[str]) -> list[np.ndarray]:
-  """Puts the start token first; a document of one token has nothing to score and is left out."""
+  """Puts the start token first; of a document of one token nothing is scored."""
   begun = [np.array([*start, *ids], np.int32) for ids in documents]
-  begun = [ids for ids in begun if len(ids) > 1]
-  if not begun:
+  if max(map(len, begun)) < 2:
     raise DataError(
       f"{_name(data)} has one token, and nothing comes before it; give more text, or a start token"
     )

@@ -35,7 +35,7 @@ def cut_windows(corpus: Corpus, protocol: Protocol) -> Windows:
   """Cuts documents into overlapping windows.
 
   Args:
-    corpus: documents of two tokens or more.
+    corpus: one of its documents has two tokens or more.
     protocol: resolved.
   """
   cut = [
