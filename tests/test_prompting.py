@@ -212,8 +212,11 @@ def test_draws_follow_the_seed_alone():
   assert shots_of(ask(EXAMPLES, EXAMPLES, protocol(shots=2, seed=4)))[0] != one
   # All of a pool of others, also the one with the question's number.
   pool = EXAMPLES[:2]
-  for shots in shots_of(ask(EXAMPLES, pool, protocol(shots=2)))[0]:
+  for shots in shots_of(ask(EXAMPLES, pool, protocol(shots=2, train=("f.tsv",))))[0]:
     assert set(shots) == {"0", "1"}
+  # Of few questions, the shots are drawn from all examples.
+  for index, shots in enumerate(shots_of(ask(EXAMPLES[:2], EXAMPLES, protocol(shots=5)))[0]):
+    assert set(shots) == set("012345") - {str(index)}
 
 
 @pytest.mark.parametrize(
@@ -288,7 +291,7 @@ def test_the_likelihoods_are_those_of_the_scorer_whatever_the_batch(model, score
 
 
 def test_several_orders_have_a_mean_and_a_deviation(model, scorer, files):
-  asked = PromptProtocol("choice", load_template("choice"), shots=2, orders=2, seed=5, limit=8)
+  asked = PromptProtocol("choice", load_template("choice"), shots=3, orders=2, seed=5, limit=3)
   found = measure_prompts([str(files / "choice.jsonl")], model, scorer, asked)
   values = [order["accuracy"] for order in found["orders"]]
   assert found["task"] == "fewshot" and len(values) == 2

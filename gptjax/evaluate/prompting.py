@@ -37,8 +37,8 @@ class PromptProtocol:
     orders: how many orders of the shots of a question are tried.
     seed: of the draws of shots and orders.
     train: files of the examples that shots are drawn from, or that a threshold is fitted to; ()
-      draws from the evaluated ones, but for the one in question.
-    limit: of the examples, the first so many; None is all.
+      draws from the data itself, but for the one in question.
+    limit: examples that are asked about, the first so many; None is all.
     start: a token put before each prompt: "none", "bos" or "end".
     dtype: of parameters and products.
   """
@@ -108,8 +108,9 @@ def measure_prompts(
     ConfigError: more shots than there are examples, or a start token that the model lacks.
   """
   template = protocol.template
-  examples = _read(template, data, say)[: protocol.limit]
-  pool = _read(template, protocol.train, say) if protocol.train else examples
+  given = _read(template, data, say)
+  examples = given[: protocol.limit]
+  pool = _read(template, protocol.train, say) if protocol.train else given
   judge = Judge(template, model, scorer, protocol.start)
   fitted = {}
   if template.decide == "threshold" and template.threshold is None:
@@ -126,7 +127,9 @@ def measure_prompts(
       f"{counts['prompts_cut']} of {counts['prompts']} prompts are longer than the context of the"
       " model, and lose their beginnings"
     )
-  read = examples + (pool if protocol.train else [])
+  read = given if protocol.shots else examples
+  if protocol.train:
+    read = examples + pool
   return make_receipt(
     "fewshot" if protocol.shots else "choice",
     identify(model),
@@ -165,7 +168,8 @@ def ask(
 
   Args:
     examples: what is asked about.
-    pool: what shots are drawn from; where it is `examples` itself, never the one in question.
+    pool: what shots are drawn from. Without `protocol.train` it begins with `examples`, and the
+      one in question is never drawn.
     protocol: of shots, orders and seed.
 
   Returns:
@@ -174,7 +178,7 @@ def ask(
   Raises:
     ConfigError: more shots than can be drawn.
   """
-  is_own = pool is examples
+  is_own = not protocol.train
   available = len(pool) - is_own
   if protocol.shots > available:
     raise ConfigError(
