@@ -266,6 +266,8 @@ def test_the_passages_of_lambada_are_parted_at_their_last_word():
     assert word.strip() == line.split()[-1] and len(context.split()) > 3
     assert context + word == detokenize(line, "treebank")
   assert lambada._part("he said `` noted", "treebank") == ('he said "', "noted")
+  # A last word that the detokenizer writes in another way is not there twice.
+  assert lambada._part("he said so ''", "treebank") == ("he said so", '"')
 
 
 BOOK = """1 ab cd .

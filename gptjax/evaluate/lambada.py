@@ -8,6 +8,7 @@ are as before.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,7 +104,11 @@ def _part(passage: str, detokenizer: str) -> tuple[str, str]:
   before, _, word = passage.rpartition(" ")
   if not before.strip():
     raise DataError(f"the passage {passage!r} has one word; there must be some before the last")
-  context = detokenize(passage, detokenizer).removesuffix(word)
+  text = detokenize(passage, detokenizer)
+  if not text.endswith(word):
+    # The detokenizer spells it in another way.
+    word = text[len(os.path.commonprefix([text, detokenize(before, detokenizer)])) :].lstrip(" ")
+  context = text.removesuffix(word)
   return context.rstrip(" "), " " * context.endswith(" ") + word
 
 
