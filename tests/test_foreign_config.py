@@ -56,6 +56,8 @@ def test_defaults_are_the_published_models(model_type, preset):
     ("gpt2", {"tie_word_embeddings": False}, {"tie_embeddings": False}),
     ("gpt2", {"hidden_size": 24, "num_attention_heads": 2}, {"model_dim": 24, "num_heads": 2}),
     ("gpt2", {"num_hidden_layers": 3, "max_position_embeddings": 7}, {"context_length": 7}),
+    ("gpt2", {"n_ctx": 7}, {"context_length": 7}),
+    ("gpt2", {"n_ctx": 7, "n_positions": 9}, {"context_length": 9}),
     ("gpt2", {"resid_pdrop": 0.2, "embd_pdrop": 0, "attn_pdrop": 0.3}, {"residual_dropout": 0.2}),
     ("gpt2", {"initializer_range": 0.01}, {"init_std": 0.01, "position_init_std": 0.01}),
     ("gpt2", {"vocab_size": 61}, {"vocab_size": 61}),
@@ -361,8 +363,10 @@ def test_special_ids(tmp_path):
   notes = []
   fields = {"model_type": "gpt2", "bos_token_id": 50256, "eos_token_id": 3, "pad_token_id": None}
   (tmp_path / "config.json").write_text(json.dumps(fields))
-  (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 5, 99]}))
+  generation = {"eos_token_id": [4, 5, 99], "do_sample": True, "top_k": None, "use_cache": True}
+  (tmp_path / "generation_config.json").write_text(json.dumps(generation))
   ids = read_token_ids(tmp_path, 61, notes.append)
   assert ids == {"bos": (), "eos": (4, 5), "pad": ()}
-  assert len(notes) == 2
-  assert "bos_token_id is 50256, out of the vocabulary of 61" in notes[0]
+  assert len(notes) == 3
+  assert 'asks for {"do_sample": true}; decoding options are not taken from files' in notes[0]
+  assert "bos_token_id is 50256, out of the vocabulary of 61" in notes[1]

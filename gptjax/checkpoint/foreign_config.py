@@ -8,6 +8,7 @@ transformers 5 (and 4, whose names it still reads), nanoGPT and minGPT.
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,10 @@ _CLASS_SUFFIXES = (
   "ForSequenceClassification",
   "ForTokenClassification",
   "ForQuestionAnswering",
+)
+# Of a generation_config.json: ids, where it is from, what is returned.
+_NOT_DECODING = re.compile(
+  r"_.*|.*_token_ids?|transformers_version|output_.*|.*return_.*|use_cache"
 )
 _GPT2_ALIASES = {
   "n_embd": "hidden_size",
@@ -134,10 +139,19 @@ def read_token_ids(
 
   Returns:
     {"bos", "eos", "pad": ids}; generation_config.json goes before config.json. Ids out of the
-    vocabulary are left out and reported.
+    vocabulary are left out and reported, as are decoding options, which are not taken from files.
   """
   generation = Path(path) / "generation_config.json"
   files = [read_json(generation)] if generation.is_file() else []
+  for file in files:
+    options = {
+      k: v for k, v in file.items() if v not in (None, False) and not _NOT_DECODING.fullmatch(k)
+    }
+    if options:
+      report(
+        f'"{generation}" asks for {spell(options)}; decoding options are not taken from files, so'
+        " give them to generate"
+      )
   files.append(read_json(Path(path) / "config.json"))
   found = {}
   for name in ("bos", "eos", "pad"):
@@ -202,7 +216,7 @@ def _read_gpt2_sizes(fields: Fields, defaults: tuple[int, ...]) -> dict[str, Any
   std = fields.take("initializer_range", 0.02, float, least=0)
   return {
     "vocab_size": fields.size("vocab_size", vocab_size),
-    "context_length": fields.size("n_positions", context_length),
+    "context_length": _read_context(fields, context_length),
     "model_dim": fields.size("n_embd", model_dim),
     "num_layers": fields.size("n_layer", num_layers),
     "num_heads": fields.size("n_head", num_heads),
@@ -210,6 +224,12 @@ def _read_gpt2_sizes(fields: Fields, defaults: tuple[int, ...]) -> dict[str, Any
     "init_std": std,
     "position_init_std": std,
   }
+
+
+def _read_context(fields: Fields, default: int) -> int:
+  """Reads n_positions; n_ctx, which beside it has no effect, is all that OpenAI's files have."""
+  is_named = fields.has("n_positions") or fields.has("max_position_embeddings")
+  return fields.size("n_positions", default) if is_named else fields.size("n_ctx", default)
 
 
 def _read_gpt2_dropout(fields: Fields, default: float) -> dict[str, Any]:
