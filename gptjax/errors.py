@@ -15,6 +15,19 @@ class ConfigError(UserError):
   """A config key or value that does not exist, does not fit, or contradicts another."""
 
 
+class TooLongError(ConfigError):
+  """A prompt and its new tokens have more tokens than there is room for.
+
+  Args:
+    message: what is too long, for what, and what to shorten.
+    otherwise: what else may help; not for those who cannot set it.
+  """
+
+  def __init__(self, message: str, otherwise: str = ""):
+    super().__init__(message + otherwise)
+    self.message = message
+
+
 class DataError(UserError):
   """A corpus, tokenizer, or token file that is missing, empty, or malformed."""
 

@@ -69,12 +69,17 @@ def read_stream(response):
   return [json.loads(line[6:]) for line in lines[:-1]]
 
 
-def refused(response, status=400):
-  """Returns the message of an answer that is an error in OpenAI's format."""
+def read_error(response, status=400):
+  """Returns what an answer that is an error has under "error", in OpenAI's format."""
   assert response.status_code == status, response.text
   error = response.json()["error"]
   assert set(error) == {"message", "type", "param", "code"}
-  return error["message"]
+  return error
+
+
+def refused(response, status=400):
+  """Returns the message of an answer that is an error."""
+  return read_error(response, status)["message"]
 
 
 @pytest.fixture(scope="module")
@@ -272,6 +277,35 @@ def test_what_does_not_fit_is_named(client, body, said):
   assert said in refused(response)
 
 
+@pytest.mark.parametrize(
+  ("body", "code", "param"),
+  [
+    ({"max_tokns": 5}, "unknown_parameter", "max_tokns"),
+    ({"stream_options": {"usage": True}}, "unknown_parameter", "stream_options.usage"),
+    ({"suffix": "x"}, "unsupported_parameter", "suffix"),
+    ({"prompt": "x" * 500}, "context_length_exceeded", None),
+    ({"max_tokens": 500}, "context_length_exceeded", None),
+    ({"max_tokens": "5"}, "invalid_type", "max_tokens"),
+    ({"max_tokens": -1}, "invalid_value", "max_tokens"),
+    ({"stop": ["x"] * 33}, "invalid_type", "stop"),
+    ({"model": "other"}, "model_not_found", "model"),
+  ],
+)
+def test_what_is_wrong_has_openais_code(client, body, code, param):
+  status = 404 if "model" in body else 400
+  error = read_error(client.post("/v1/completions", json={"prompt": "hello"} | body), status)
+  assert (error["code"], error["param"]) == (code, param)
+  assert error["type"] == "invalid_request_error"
+  # Not what the API has no field for.
+  assert "beyond_context" not in error["message"]
+
+
+def test_a_missing_field_is_named(client):
+  error = read_error(client.post("/v1/completions", json={}))
+  assert (error["code"], error["param"]) == ("missing_required_parameter", "prompt")
+  assert error["message"] == '"prompt" is missing; add it'
+
+
 def test_fields_at_their_off_values_are_accepted(client):
   off = {"suffix": None, "user": None, "n": None, "stop": None, "stream": False, "best_of": 1}
   assert complete(client, prompt="hello", max_tokens=1, **off)["choices"]
@@ -345,6 +379,10 @@ def test_a_chat_without_a_limit_fills_the_context(client):
     ({"tools": [{"type": "function"}]}, '"tools" is not supported'),
     ({"max_tokens": 3, "max_completion_tokens": 3}, "give one of them"),
     ({"top_logprobs": 3}, "logprobs; add it"),
+    (
+      {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "image": "y"}]}]},
+      'unknown field "image"',
+    ),
     ({"response_format": {"type": "json_object"}}, '"response_format" is not supported'),
   ],
 )
@@ -360,6 +398,9 @@ def test_templates_run_in_a_sandbox():
     {"eos_token": "<end>"},
   )
   assert template.render(messages) == "<user>hello<end>"
+  # As in transformers: loops can be left, and JSON is not written for HTML.
+  template = ChatTemplate("{% for m in messages * 2 %}{{ m | tojson }}{% break %}{% endfor %}")
+  assert template.render([{"content": "<é>"}]) == '{"content": "<é>"}'
   for source in (
     "{{ raise_exception('no system message') }}",
     "{{ ''.__class__.__mro__[1].__subclasses__() }}",
@@ -483,6 +524,9 @@ def test_what_takes_too_long_ends(client, engine, monkeypatch):
   monkeypatch.setattr(engine, "limits", dataclasses.replace(LIMITS, seconds=1e-6))
   body = {"prompt": "hello", "max_tokens": 50}
   assert "more than 1e-06 seconds" in refused(client.post("/v1/completions", json=body), 504)
+  # Also between the steps.
+  beams = {"prompt": "hello", "max_tokens": 5, "num_beams": 2, "n": 2}
+  assert refused(client.post("/v1/completions", json=beams), 504)
   monkeypatch.undo()
   assert engine._slots.num_free == LIMITS.num_slots
   assert complete(client, **body)["choices"]

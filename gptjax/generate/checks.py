@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from gptjax.errors import ConfigError
+from gptjax.errors import ConfigError, TooLongError
 from gptjax.generate.options import DEFAULT_NEW_TOKENS, DecodingOptions, is_sampled, strategy
 from gptjax.model.config import ModelConfig
 
@@ -56,16 +56,17 @@ def resolve_lengths(
 
 def _limit(options: DecodingOptions, prompt_length: int, context_length: int) -> int:
   room = math.inf if options.beyond_context == "slide" else context_length
-  remedy = 'or set beyond_context="slide"'
+  otherwise = ', or set beyond_context="slide"'
   if options.max_length is not None and options.max_length <= prompt_length:
     raise ConfigError(
       f"max_length is {options.max_length}, but a prompt has {prompt_length} tokens already;"
       " raise it, or use max_new_tokens"
     )
   if prompt_length >= room:
-    raise ConfigError(
+    raise TooLongError(
       f"a prompt has {prompt_length} tokens, and the model's context of {context_length} must hold"
-      f" it and a new one; shorten it, {remedy}"
+      " it and a new one; shorten it",
+      otherwise,
     )
   if options.max_length is not None:
     limit, asked = options.max_length, f"max_length is {options.max_length}, which exceeds"
@@ -75,11 +76,8 @@ def _limit(options: DecodingOptions, prompt_length: int, context_length: int) ->
   else:
     return int(min(prompt_length + DEFAULT_NEW_TOKENS, room))
   if limit > room:
-    raise ConfigError(
-      f"{asked} the model's context of {context_length}; shorten one of them, {remedy}"
-      if options.max_length is None
-      else f"{asked} the model's context of {context_length}; lower it, {remedy}"
-    )
+    change = "shorten one of them" if options.max_length is None else "lower it"
+    raise TooLongError(f"{asked} the model's context of {context_length}; {change}", otherwise)
   return limit
 
 

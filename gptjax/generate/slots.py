@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gptjax.errors import ConfigError, DataError
+from gptjax.errors import ConfigError, TooLongError
 from gptjax.generate import sampling, slot_programs
 from gptjax.generate.generator import Generator, draw_seed
 from gptjax.generate.options import DecodingOptions, strategy
@@ -190,9 +190,9 @@ class Slots:
       limit = len(ids)
     if limit > self.num_positions:
       grows = f"may grow to {limit}" if is_continued else "is longer"
-      raise DataError(
+      raise TooLongError(
         f"a prompt of {len(ids)} tokens {grows}, but the slots have {self.num_positions}"
-        " positions; shorten it, or lower max_new_tokens"
+        " positions; shorten it, or ask for fewer new tokens"
       )
     if options.num_return_sequences > self.num_slots:
       raise ConfigError(

@@ -8,6 +8,7 @@ add_generation_prompt, the special tokens by role, raise_exception.
 """
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -90,12 +91,20 @@ def read_template(folder: Path, special_tokens: Mapping[str, str]) -> ChatTempla
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
-  environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+  environment = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+  )
+  # Jinja's own would write < > & ' as escapes, which are for HTML.
+  environment.filters["tojson"] = _to_json
   environment.globals |= {
     "raise_exception": _refuse,
     "strftime_now": lambda layout: datetime.now().strftime(layout),
   }
   return environment
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+  return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _refuse(message: str) -> None:

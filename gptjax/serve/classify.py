@@ -18,7 +18,7 @@ def make_classify(served: Served) -> APIRouter:
   """Makes the route; a model that was taught no task refuses what is asked."""
   router = APIRouter(tags=["text"])
 
-  @router.post("/classify", responses=failures(400, 401, 404, 408, 413, 429, 503))
+  @router.post("/classify", responses=failures(400, 401, 404, 408, 413, 429, 503, 504))
   async def classify(body: ClassifyRequest, request: Request) -> Classes:
     served.check_model(body.model)
     if served.classifier is None:

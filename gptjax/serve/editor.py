@@ -212,7 +212,7 @@ def make_editor(served: Served) -> APIRouter:
   """Makes the routes that the page asks."""
   engine, generator = served.engine, served.engine.generator
   sessions = Sessions(generator)
-  router = APIRouter(prefix="/editor", tags=["editor"], responses=failures(400, 401, 429, 503))
+  router = APIRouter(prefix="/editor", tags=["editor"], responses=failures(400, 401, 429, 503, 504))
 
   async def sweep() -> None:
     with contextlib.suppress(ApiError):  # the server stops

@@ -226,14 +226,22 @@ class Engine:
     Others wait meanwhile. Where the caller is cancelled before it began, it does not begin.
 
     Raises:
-      ApiError: as `submit`. Exception: what the function raises.
+      ApiError: as `submit`, or it took too long. Exception: what the function raises.
     """
     future = asyncio.get_running_loop().create_future()
     with self._wake:
       self._check_takes_more()
       self._functions.append((function, future))
       self._wake.notify()
-    return await future
+    try:
+      return await asyncio.wait_for(future, self.limits.seconds)
+    except TimeoutError:
+      raise self._late() from None
+
+  def _late(self) -> ApiError:
+    return ApiError(
+      504, f"the request took more than {self.limits.seconds:g} seconds", code="time_limit"
+    )
 
   def _check_takes_more(self) -> None:
     if not self.is_ready:
@@ -317,9 +325,7 @@ class Engine:
 
     def leaves(call: Call) -> bool:
       if now > call.deadline:
-        late[call] = ApiError(
-          504, f"the request took more than {self.limits.seconds:g} seconds", code="time_limit"
-        )
+        late[call] = self._late()
       return call.is_cancelled or call in late
 
     for slot in [slot for slot, (call, _, _) in self._running.items() if leaves(call)]:

@@ -11,12 +11,13 @@ from fastapi.exceptions import HTTPException, RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
-from gptjax.errors import UserError
+from gptjax.errors import TooLongError, UserError
 from gptjax.serve.schemas import ErrorBody
 
-# OpenAI's names for who is to blame.
-_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
-_TYPE = re.compile(r"str|int|float|bool|.*[\[(].*")
+# OpenAI's names for who is to blame; all else below 500 is an "invalid_request_error".
+_TYPES = {429: "rate_limit_error"}
+# What pydantic calls the types it tries, in the place of a problem.
+_TYPE = re.compile(r"str|int|float|bool|constrained-\w+|Classified|.*[\[(].*")
 
 
 class ApiError(HTTPException):
@@ -45,6 +46,8 @@ class ApiError(HTTPException):
 
 def error_object(error: Exception) -> dict[str, Any]:
   """Returns what stands under "error" in the answer to an exception."""
+  if isinstance(error, TooLongError):
+    return _error(400, error.message, "context_length_exceeded")
   if isinstance(error, UserError):
     return _error(400, " ".join(str(error).split()))
   if isinstance(error, StarletteHTTPException):
@@ -103,21 +106,28 @@ def _error(
 def _explain(error: RequestValidationError) -> ApiError:
   """Says the first thing that is wrong with a request."""
   problems = error.errors()
-  problem = problems[0]
+  # Of a list that might also have been a text, a wrong name inside says more than the wrong type.
+  problem = next((each for each in problems if each["type"] == "field"), problems[0])
   name = _field(problem)
   if problem["type"] == "json_invalid":
     return ApiError(400, f"the body is no JSON: {problem['ctx']['error']}")
   if problem["type"] == "field":
-    return ApiError(400, problem["msg"], param=".".join([*name, problem["ctx"]["field"]]))
+    path = ".".join([*name, problem["ctx"]["field"]])
+    return ApiError(400, problem["msg"], code=problem["ctx"]["code"], param=path)
   if not name:
     return ApiError(400, f"the body must be a JSON object: {problem['msg'].lower()}")
+  path = ".".join(name)
+  if problem["type"] == "missing":
+    return ApiError(
+      400, f'"{path}" is missing; add it', code="missing_required_parameter", param=path
+    )
   # A value that may be of several types fails once for each.
   same = [each for each in problems if _field(each)[:1] == name[:1]]
   messages = dict.fromkeys(each["msg"].removeprefix("Input should be ") for each in same)
-  shown = "" if problem["type"] == "missing" else f" is {_show(problem['input'])}"
+  code = "invalid_type" if problem["type"].endswith("_type") else "invalid_value"
   expected = " or ".join(list(messages)[:3])
-  path = ".".join(name)
-  return ApiError(400, f'"{path}"{shown}; expected: {expected}', param=path)
+  text = f'"{path}" is {_show(problem["input"])}; expected: {expected}'
+  return ApiError(400, text, code=code, param=path)
 
 
 def _field(problem: dict[str, Any]) -> list[str]:

@@ -61,13 +61,16 @@ class Strict(BaseModel, extra="forbid", strict=True, allow_inf_nan=False):
     for name, value in data.items():
       if name in cls.model_fields or any(value == off for off in cls.off.get(name, ())):
         continue
+      code = "unsupported_parameter"
       if name in cls.instead:
         text = f'"{name}" is not supported; {cls.instead[name]}'
       elif name in cls.off:
         text = f'"{name}" is not supported; leave it out'
       else:
+        code = "unknown_parameter"
         text = f'unknown field "{name}"{did_you_mean(name, cls.model_fields)}'
-      raise PydanticCustomError("field", "{text}", {"text": text, "field": name})
+      facts = {"text": text, "field": name, "code": code}
+      raise PydanticCustomError("field", "{text}", facts)
     return {name: value for name, value in data.items() if name in cls.model_fields}
 
 
