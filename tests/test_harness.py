@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gptjax.checkpoint.models import Loaded, load_model
+from gptjax.cli.main import main
 from gptjax.data.tokenizer import make_char_tokenizer
 from gptjax.errors import ConfigError, DataError
 from gptjax.evaluate.prompting import PromptProtocol, measure_prompts
@@ -296,3 +297,17 @@ def test_a_folder_is_loaded_by_name(harness, hf_folder):
   adapter = get_model("gptjax").create_from_arg_string(f"pretrained={hf_folder / 'model'}")
   assert adapter.max_length == load_model(hf_folder / "model").config.context_length == CONTEXT
   assert adapter.prefix_token_id == adapter.eot_token_id == 50256
+
+
+def test_the_command_scores_the_weights_it_is_asked_for(harness, hf_folder, monkeypatch, capsys):
+  def run_tasks(model, *args, **options):
+    return {"results": {}, "versions": {}}
+
+  monkeypatch.setattr(harness, "run_tasks", run_tasks)
+  flags = ["--model", str(hf_folder), "--tasks", "x", "--json", "--weights"]
+  receipts = []
+  for weights in ("float32", "int8"):
+    assert main(["evaluate", "harness", *flags, weights]) == 0
+    receipts.append(json.loads(capsys.readouterr().out))
+  assert [receipt["weights"] for receipt in receipts] == ["float32", "int8"]
+  assert receipts[0]["model_hash"] != receipts[1]["model_hash"]

@@ -80,20 +80,20 @@ def test_the_command_prints_a_receipt_that_can_be_repeated(folder, capsys, tmp_p
   same = run(capsys, *again, "--model", folder / "run", "--data", folder / "copy.tokens",
              "--batch-size", 1)  # fmt: skip
   assert same[:2] == (0, "equal\n")
-  status, out, _ = run(
-    capsys, *again, "--model", folder / "other", "--data", folder / "text.txt", "--json"
-  )
+  # What is not given is what the receipt tells.
+  status, out, _ = run(capsys, *again, "--model", folder / "other", "--json")
   found = json.loads(out)
   assert status == 1 and not found["is_equal"]
   assert found["differences"][0].startswith("the parameters are not the same")
   assert any(line.startswith("nats_per_token was") for line in found["differences"])
   assert found["receipt"]["data_hash"] == receipt["data_hash"]
-  status, out, _ = run(capsys, *again, "--model", folder / "hf", "--data", folder / "other.txt")
+  status, out, _ = run(capsys, *again, "--data", folder / "other.txt")
   assert status == 1 and out.splitlines()[1].startswith("the data is not the same")
 
 
 def test_the_table_has_every_figure_with_its_protocol(folder, capsys):
   flags = ["--model", folder / "hf", "--data", folder / "text.txt", "--protocol", "text8"]
+  flags += ["--weights", "int8"]
   status, out, _ = run(capsys, "perplexity", *flags)
   assert status == 0
   for words in (
@@ -102,6 +102,7 @@ def test_the_table_has_every_figure_with_its_protocol(folder, capsys):
     "(over windows)",
     "which has other sizes",
     "stride 23",
+    f"{'weights':<30}int8",
     "jaxlib",
   ):
     assert words in out
@@ -160,3 +161,15 @@ def test_files_that_are_no_receipts_are_refused(folder, capsys, tmp_path):
     path.write_text(content)
     status, _, err = run(capsys, *flags)
     assert status == 2 and message in err
+
+
+def test_a_receipt_that_does_not_tell_where_things_lie_needs_flags(capsys, tmp_path):
+  path = tmp_path / "receipt.json"
+  for told, message in (
+    ("", "the receipt has no model; give --model"),
+    (', "model": "m"', "the receipt has no data; give --data"),
+    (', "model": "m", "weights": "int4"', 'weights is "int4"'),
+  ):
+    path.write_text('{"task": "perplexity", "protocol": {}' + told + "}")
+    status, _, err = run(capsys, "receipt", "--receipt", path)
+    assert status == 2 and message in err and err.count("\n") == 1

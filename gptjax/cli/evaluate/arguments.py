@@ -29,9 +29,9 @@ _TEXT_FLAGS = {
 }
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, is_required: bool = True) -> None:
   """Adds --model, --weights, --tokenizer, --batch-size and --json."""
-  parser.add_argument("--model", required=True, help=MODEL_HELP)
+  parser.add_argument("--model", required=is_required, help=MODEL_HELP)
   parser.add_argument(
     "--weights",
     default="float32",
@@ -99,16 +99,28 @@ def load_scorer(
   parallel = make_parallel("pmap", devices=jax.local_devices())
   if name is None:
     model = load_model(options.model, dtype, parallel, tokenizer=options.tokenizer)
-    if options.weights == "int8":
-      model = dataclasses.replace(model, params=round_to_int8(model.params))
+    model = round_weights(model, options.weights)
   else:
     model = load_model(name, dtype, parallel, tokenizer=tokenizer)
   return model, Scorer(model, options.batch_size, parallel)
 
 
+def round_weights(model: Loaded, weights: str) -> Loaded:
+  """Returns a model as --weights says."""
+  if weights == "float32":
+    return model
+  return dataclasses.replace(model, params=round_to_int8(model.params))
+
+
+def told(options: argparse.Namespace) -> dict[str, Any]:
+  """Returns what a receipt tells of the model beside its hashes."""
+  given = {} if options.tokenizer is None else {"tokenizer": options.tokenizer}
+  return {"model": options.model, **given, "weights": options.weights}
+
+
 def print_receipt(receipt: dict[str, Any], options: argparse.Namespace) -> None:
   """Prints a receipt, as JSON or as a table."""
-  receipt = {"model": options.model, "data": options.data, **receipt}
+  receipt = {**told(options), "data": options.data, **receipt}
   if options.json:
     print(json.dumps(receipt, ensure_ascii=False))
     return

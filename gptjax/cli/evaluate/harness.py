@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from gptjax.checkpoint.models import DTYPES, load_model
 from gptjax.cli.compilation import enable_compilation_cache
-from gptjax.cli.evaluate.arguments import add_model
+from gptjax.cli.evaluate.arguments import add_model, round_weights, told
 from gptjax.errors import ConfigError
 from gptjax.evaluate.receipt import identify, versions
 
@@ -40,6 +40,7 @@ def run(options: argparse.Namespace) -> None:
   if options.shots is not None and options.shots < 0:
     raise ConfigError(f"--shots is {options.shots}; it must be at least 0")
   model = load_model(options.model, options.dtype, tokenizer=options.tokenizer)
+  model = round_weights(model, options.weights)
   found = run_tasks(
     HarnessModel(model, options.batch_size),
     options.tasks,
@@ -53,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     return
   protocol = {"shots": options.shots, "limit": options.limit, "seed": options.seed}
   receipt = {
-    "model": options.model,
+    **told(options),
     "task": "harness",
     "results": found["results"],
     "protocol": protocol | {"tasks": found["versions"], "dtype": options.dtype},
