@@ -235,7 +235,7 @@ def test_another_model_and_another_option_are_noticed(hf):
 def test_beam_samples_follow_the_distribution_of_transformers(hf):
   """Of three tokens after each of many equal prompts: both count the same texts, up to chance."""
   torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
-  config, num_draws, max_new, end = make_config("gpt2", vocab_size=5), 4000, 3, 2
+  config, num_draws, max_new, end = make_config("gpt2", vocab_size=9), 4000, 3, 2
   params = make_params(config, seed=3)
   options = {"num_beams": 2, "do_sample": True, "length_penalty": 1.0}
 

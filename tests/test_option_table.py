@@ -55,6 +55,7 @@ def test_the_table_has_every_option():
   assert CASES.keys() == {field.name for field in dataclasses.fields(DecodingOptions)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_option_changes_the_answer(name):
   base, change = CASES[name]

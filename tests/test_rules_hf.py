@@ -58,7 +58,11 @@ def theirs(hf, given, scores_RV, tokens_RL, prompt_length, max_length, num_beams
   bias = renamed.pop("logit_bias", None)
   callback = given.get("allowed_tokens")
   config = hf.generation.GenerationConfig(
-    **renamed, sequence_bias=bias, max_length=max_length, num_beams=num_beams
+    **renamed,
+    sequence_bias=bias,
+    max_length=max_length,
+    num_beams=num_beams,
+    num_return_sequences=1,
   )
   config._eos_token_tensor = torch.tensor([ends] if isinstance(ends, int) else ends)
   model = hf.generation.GenerationMixin()

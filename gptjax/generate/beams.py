@@ -237,7 +237,7 @@ def _choose(state: Search, logits_BWV: jax.Array, game: Game, plan: BeamPlan) ->
 def _candidates(
   state: Search, logits_BWV: jax.Array, game: Game, plan: BeamPlan
 ) -> tuple[Texts, jax.Array]:
-  """Returns C continuations by one token, best first or as drawn, and their beams [B, C]."""
+  """Returns C continuations by one token, best first, and their beams [B, C]."""
   running = state.running
   (num_prompts, num_beams), vocab_size = running.score_BW.shape, logits_BWV.shape[2]
   log_probs_RV = jax.nn.log_softmax(logits_BWV.reshape(-1, vocab_size), axis=-1)
@@ -247,13 +247,17 @@ def _candidates(
   totals_BWX = scores_RX.reshape(num_prompts, num_beams, -1) + running.score_BW[:, :, None]
   weighed_BWX = totals_BWX
   if plan.do_sample:
-    # The C largest sums with Gumbel noise are C draws without replacement, in their order.
+    # The C largest sums with Gumbel noise are C draws without replacement.
     keys_B = jax.vmap(jax.random.fold_in, (0, None))(game.keys_B, state.num_new)
     weighed_BWX += jax.vmap(lambda key: jax.random.gumbel(key, totals_BWX.shape[1:]))(keys_B)
   parent_BC, choice_BC = _top(weighed_BWX, plan.num_candidates)
 
-  places = jnp.arange(num_prompts)[:, None], parent_BC
-  row_BC = places[0] * num_beams + parent_BC
+  prompts_B1 = jnp.arange(num_prompts)[:, None]
+  if plan.do_sample:
+    order_BC = jnp.argsort(totals_BWX[prompts_B1, parent_BC, choice_BC], axis=1, descending=True)
+    parent_BC, choice_BC = parent_BC[prompts_B1, order_BC], choice_BC[prompts_B1, order_BC]
+  places = prompts_B1, parent_BC
+  row_BC = prompts_B1 * num_beams + parent_BC
   token_BC = choice_BC if ids_RX is None else ids_RX[row_BC, choice_BC]
   texts = jax.tree.map(lambda array: array[places], running)
   texts = _append(texts, token_BC, log_probs_RV[row_BC, token_BC], state.num_new + 1, game)
