@@ -17,6 +17,7 @@ from gptjax.checkpoint.run_directory import RunDirectory
 from gptjax.cli.main import main
 from gptjax.config import from_config_dict, load_experiment, load_experiment_module
 from gptjax.data.tokenizer import train_bpe
+from gptjax.errors import UserError
 from gptjax.model.config import ModelConfig
 from gptjax.model.parameters import init_parameters
 from gptjax.sweep.charts import Column, bars, parallel_coordinates
@@ -24,6 +25,7 @@ from gptjax.sweep.config import make_plan
 from gptjax.sweep.display import SweepDisplay, last_metrics, seconds_left
 from gptjax.sweep.report import write_results
 from gptjax.sweep.results import as_good_as_best, group_by_setting, p_value
+from gptjax.sweep.run import check_inputs
 from gptjax.sweep.study import Record, Study
 from gptjax.sweep.worker import work
 from gptjax.train.config import PretrainConfig
@@ -347,6 +349,18 @@ def test_fine_tuning_is_swept_alike(tmp_path):
   write_results(plan, study, records)
   best = load_experiment(str(study.workdir / "best.py"))
   assert from_config_dict(FinetuneConfig, best).init_from == str(tmp_path / "model")
+
+
+def test_the_model_of_each_setting_is_looked_for_before_the_first_trial(tmp_path):
+  tmp_path.joinpath("train.tsv").write_text("text\tlabel\nwarm tea\tgood\ncold tea\tbad\n")
+  path = tmp_path / "experiment.py"
+  written = FINETUNE.replace("{folder}", str(tmp_path))
+  rates = '"space": {"optimizer.learning_rate": [1e-4, 1e-2]}'
+  assert rates in written
+  path.write_text(written.replace(rates, '"settings": [{"init_from": "nothing/here"}]'))
+  load_experiment_module.cache_clear()
+  with pytest.raises(UserError, match="nothing/here"):
+    check_inputs(make_plan(str(path), {"init_from": ""}), tmp_path / "run", print)
 
 
 @pytest.mark.slow

@@ -29,9 +29,9 @@ RATES = {"optimizer.learning_rate": [1e-3, 1e-2]}
 def plan_of(tmp_path):
   """Returns `make(written, ...)`, the plan of what get_sweep returns."""
 
-  def make(written, overrides=None, trials=None):
+  def make(written, overrides=None, trials=None, experiment=EXPERIMENT):
     path = tmp_path / "experiment.py"
-    path.write_text(EXPERIMENT.replace("{written}", repr(written)))
+    path.write_text(experiment.replace("{written}", repr(written)))
     load_experiment_module.cache_clear()
     return make_plan(str(path), overrides or {}, trials)
 
@@ -185,6 +185,15 @@ def test_values_that_fit_some_settings_are_no_error_of_a_space(plan_of):
   assert plan.trials == 2
   with pytest.raises(ConfigError, match=r"setting 1 .*model_dim 48"):
     plan_of({"space": written})
+
+
+def test_the_objective_of_a_task_is_one_of_its_metrics(plan_of):
+  of_task = EXPERIMENT.replace("train.config", "train.finetune_config")
+  of_task = of_task.replace("PretrainConfig", "FinetuneConfig").replace("num_steps", "num_epochs")
+  written = {"space": RATES, "objective": "valid_matthews", "direction": "maximize"}
+  with pytest.raises(ConfigError, match="valid_matthews"):
+    plan_of(written, {"data.adapter": "sst2"}, experiment=of_task)
+  assert plan_of(written, {"data.adapter": "cola"}, experiment=of_task).trials == 2
 
 
 def test_an_experiment_without_a_sweep_says_what_to_write(tmp_path, capsys):

@@ -214,9 +214,12 @@ def _check_key(key: str, sweep: SweepConfig) -> None:
 
 def _check_run(base: RunConfig, sweep: SweepConfig) -> None:
   """Raises ConfigError for an objective that runs do not have, and pruning without evaluations."""
+  keys = {*sweep.space, *(key for setting in sweep.settings for key in setting)}
   objectives = ["valid_loss", "valid_bits_per_byte", "train_loss"]
   if isinstance(base, FinetuneConfig):
-    objectives[1:2] = [f"valid_{metric}" for metric in (*CLASS_METRICS, *SCORE_METRICS)]
+    is_one_task = not any(key.startswith("data.") for key in keys)
+    metrics = base.data.task.metrics if is_one_task else (*CLASS_METRICS, *SCORE_METRICS)
+    objectives[1:2] = [f"valid_{metric}" for metric in metrics]
     if base.num_seeds > 1:
       raise ConfigError(
         f'num_seeds is {base.num_seeds}; in a sweep it is 1, and "seeds" are listed'
@@ -226,7 +229,6 @@ def _check_run(base: RunConfig, sweep: SweepConfig) -> None:
     raise ConfigError(f'pruner "{sweep.pruner}" needs evaluations; set eval.every_steps')
   for key in ("plot_x", "plot_series", "plot_panels"):
     if name := getattr(sweep, key):
-      keys = {*sweep.space, *(key for setting in sweep.settings for key in setting)}
       check_choice(key, name, keys)
 
 

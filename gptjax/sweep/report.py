@@ -10,9 +10,10 @@ from gptjax import report
 from gptjax.chart import Series, line_chart
 from gptjax.checkpoint.run_directory import RunDirectory, write_whole
 from gptjax.config import to_json
+from gptjax.evaluate.statistics import CONFIDENCE
 from gptjax.sweep.charts import Column, bars, parallel_coordinates
 from gptjax.sweep.config import Plan
-from gptjax.sweep.results import CONFIDENCE, Group, as_good_as_best, group_by_setting
+from gptjax.sweep.results import Group, as_good_as_best, group_by_setting
 from gptjax.sweep.space import Setting, short_names, spell, spell_setting
 from gptjax.sweep.study import Record, Study
 from gptjax.sweep.worker import LOG_NAME
@@ -54,7 +55,7 @@ def best_experiment(plan: Plan, best: Group, study: Study) -> str:
   verb = "pretrain" if isinstance(config, PretrainConfig) else "finetune"
   path = study.workdir / BEST_NAME
   found = f"{plan.sweep.objective} {spell(best.mean)}, mean of {len(best.values)} run(s)"
-  return f'''"""The best of a sweep: {found}.
+  return f'''r"""The best of a sweep: {found}.
 
 Source: {plan.spec}, with {spell_setting(best.setting)}
 Command: gptjax {verb} --config {path} --workdir DIR

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 
 from scipy import stats
 
+from gptjax.evaluate.statistics import CONFIDENCE, half_width
 from gptjax.sweep.space import Setting
 from gptjax.sweep.study import Record
-
-CONFIDENCE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +37,7 @@ class Group:
   @property
   def half_width(self) -> float | None:
     """Half of the 95 % interval of the mean (Student); None for fewer than two seeds."""
-    count = len(self.values)
-    if count < 2:
-      return None
-    error = statistics.stdev(self.values.values()) / math.sqrt(count)
-    return float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+    return half_width([*self.values.values()])
 
 
 def group_by_setting(records: Sequence[Record], direction: str) -> list[Group]:

@@ -2,7 +2,10 @@
 
 import multiprocessing
 import time
+from collections.abc import Callable
+from pathlib import Path
 
+from gptjax.checkpoint.run_directory import RunDirectory
 from gptjax.errors import UserError
 from gptjax.sweep.config import Plan
 from gptjax.sweep.display import SweepDisplay
@@ -12,6 +15,7 @@ from gptjax.sweep.worker import work_as_process
 from gptjax.train.config import PretrainConfig
 from gptjax.train.loop import stop_signals
 
+_INPUT_KEYS = ("data.", "init_from", "tokenizer")  # of what a run reads
 POLL_SECONDS = 0.5
 REPORT_SECONDS = 60.0  # a report of many runs takes a second
 MOST_DEATHS = 3  # of workers, one after another, with nothing taken in between
@@ -35,7 +39,7 @@ def sweep(plan: Plan, workdir: str, url: str = "", workers: int = 1) -> bool:
   study = Study(plan, workdir, url)
   with SweepDisplay(plan, study.run_path, workers) as display:
     if any(not record.is_finished for record in _enqueued(study)):
-      _check_data(plan, display.say)
+      check_inputs(plan, study.workdir, display.say)
       with stop_signals(display.say) as is_stop_requested, _Crew(plan, workdir, url) as crew:
         crew.start(workers)
         _watch(study, plan, crew, display, is_stop_requested)
@@ -53,17 +57,31 @@ def _enqueued(study: Study) -> list[Record]:
   return study.records()
 
 
-def _check_data(plan: Plan, say) -> None:
-  """Builds or reads the data of the experiment once, before trials do; raises what is wrong."""
-  config = plan.config({})
-  if plan.config_class is PretrainConfig:
-    from gptjax.data.prepare import prepare_data
+def check_inputs(plan: Plan, workdir: Path, say: Callable[[str], None]) -> None:
+  """Builds or reads the data of the trials once, and finds the models that they fine-tune.
 
-    prepare_data(config.data, report=say)
-  else:
-    from gptjax.data.tasks import load_task
+  Where these are drawn, the trials find out.
 
-    load_task(config.data)
+  Raises:
+    UserError: what is wrong with them.
+  """
+  are_drawn = plan.settings is None and any(key.startswith(_INPUT_KEYS) for key in plan.space)
+  configs = {}
+  for setting in () if are_drawn else plan.settings or ({},):
+    config = plan.config(setting)
+    inputs = [getattr(config, key, None) for key in ("data", "init_from", "tokenizer")]
+    configs.setdefault(repr(inputs), config)
+  for config in configs.values():
+    if isinstance(config, PretrainConfig):
+      from gptjax.data.prepare import prepare_data
+
+      prepare_data(config.data, report=say)
+    else:
+      from gptjax.data.tasks import load_task
+      from gptjax.train.transfer import find_origin
+
+      find_origin(config, RunDirectory(workdir))
+      load_task(config.data)
 
 
 def _watch(study: Study, plan: Plan, crew: "_Crew", display: SweepDisplay, is_stop_requested):
