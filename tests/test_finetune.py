@@ -213,6 +213,7 @@ REFUSED = {
   "everything frozen": (["optimizer.frozen_pattern=."], "every"),
   "nothing frozen": (["optimizer.frozen_pattern=decodr"], "decoder/"),
   "no kernel for LoRA": (["finetune.lora_pattern=querry"], "query/kernel"),
+  "a rank without LoRA": (["finetune.lora_rank=4"], "without lora_pattern"),
   "a broken pattern": (["finetune.lora_pattern=(query"], "regular expression"),
   "class weights": (["finetune.class_weights=[1.0]"], "bad, good"),
   "weights of scores": (

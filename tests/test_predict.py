@@ -152,6 +152,10 @@ def test_the_pipeline_refuses_what_has_no_effect(classes, answers):
     classify("abc", top_p=1)
   with pytest.raises(ConfigError, match='did you mean "softmax"'):
     classify("abc", function_to_apply="softmx")
+  with pytest.raises(ConfigError, match="top_k is 0"):
+    classify("abc", top_k=0)
+  with pytest.raises(DataError, match="must not be empty"):
+    classify(["abc", " "])
   with pytest.raises(ConfigError, match="chooses among answers"):
     gptjax.pipeline("text-classification", model=answers)
   with pytest.raises(ConfigError, match='did you mean "text-classification"'):

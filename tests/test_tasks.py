@@ -342,6 +342,8 @@ def test_too_many_labels_and_a_single_text_are_refused(tmp_path):
     ({"num_buckets": 0}, "num_buckets"),
     ({"max_length": 4}, "max_length"),
     ({"files": ("a",), "hub": "b"}, "keep one"),
+    ({"hub": "a", "valid_files": ("b",)}, r"set data\.hub_valid_split"),
+    ({"files": ("a",), "hub_valid_split": "b"}, r"without data\.hub"),
   ],
 )
 def test_a_config_that_does_not_fit_is_refused(fields, message):

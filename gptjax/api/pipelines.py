@@ -117,6 +117,8 @@ class TextClassificationPipeline:
     wanted = {"text"} if self._classifier.task.family == "classification" else {"text", "text_pair"}
     if pair.keys() != wanted or not all(isinstance(text, str) for text in pair.values()):
       raise DataError(f"an input is {item!r:.60}; the model's task needs {sorted(wanted)}, texts")
+    if not all(text.strip() for text in pair.values()):
+      raise DataError(f"an input is {item!r:.60}; a text must not be empty")
     return Example("", (pair["text"],), (pair["text_pair"],) if len(pair) > 1 else ())
 
   def _rank(
@@ -125,6 +127,8 @@ class TextClassificationPipeline:
     task = self._classifier.task
     usual = "none" if task.target == "score" else "softmax"
     check_choice("function_to_apply", function_to_apply or usual, ("softmax", "none"))
+    if top_k is not None and top_k < 1:
+      raise ConfigError(f"top_k is {top_k}; it must be at least 1, or None for all labels")
     if (function_to_apply or usual) == "softmax":
       (outputs_C,) = softmax(outputs_C[None])
     labels = task.labels or ("LABEL_0",)

@@ -63,7 +63,8 @@ def _example_of(options: argparse.Namespace, task: Task) -> Example:
     if text is not None and not text.strip():
       raise ConfigError("a text is empty; give it words")
   text2 = (options.text2.strip(),) if options.text2 else ()
-  return Example("0", (options.text.strip(),), text2, tuple(options.choice or ()))
+  choices = tuple(choice.strip() for choice in options.choice or ())
+  return Example("0", (options.text.strip(),), text2, choices)
 
 
 def _refuse(options: argparse.Namespace, flags: Sequence[str], why: str) -> None:

@@ -60,6 +60,11 @@ class TaskDataConfig(TaskFormat):
       raise ConfigError(f"data.valid_fraction is {self.valid_fraction}; it must be in (0, 1)")
     if self.files and self.hub:
       raise ConfigError("data.files and data.hub are both set; keep one")
+    if self.valid_files and self.hub:
+      raise ConfigError("data.valid_files has no effect with data.hub; set data.hub_valid_split")
+    for key in ("hub_split", "hub_valid_split"):
+      if not self.hub and (value := getattr(self, key)) != getattr(type(self), key):
+        raise ConfigError(f'data.{key} is "{value}", which has no effect without data.hub')
     if self.num_buckets < 1:
       raise ConfigError(f"data.num_buckets is {self.num_buckets}; it must be at least 1")
     if self.max_length is not None and self.max_length < 8:

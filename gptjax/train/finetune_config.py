@@ -53,7 +53,8 @@ class FinetuneSettings:
     class_weights: of the classes in the loss, in the order of the labels; () weighs all alike.
     balance_classes: weigh classes by the inverse of their frequency in the training examples.
     lora_pattern: regular expression; kernels of the layers whose path matches are trained by LoRA,
-      and everything else is frozen but the head; "" is off. See `gptjax.model.lora`.
+      and everything else is frozen but the head, or what optimizer.frozen_pattern says where that
+      is set; "" is off. See `gptjax.model.lora`.
     lora_rank: of the update of a kernel.
     lora_alpha: the update is scaled by lora_alpha / lora_rank.
     patience: evaluations without a better first metric after which training ends; the best
@@ -75,6 +76,9 @@ class FinetuneSettings:
     check_least("finetune", self, transfer_layers=0, lm_coefficient=0, patience=0)
     check_least("finetune", self, lora_rank=1, lora_alpha=0)
     check_pattern("finetune.lora_pattern", self.lora_pattern)
+    for key in ("lora_rank", "lora_alpha"):
+      if not self.lora_pattern and (value := getattr(self, key)) != getattr(type(self), key):
+        raise ConfigError(f"finetune.{key} is {value}, which has no effect without lora_pattern")
     if not 0 <= self.classifier_dropout < 1:
       raise ConfigError(
         f"finetune.classifier_dropout is {self.classifier_dropout}; it must be in [0, 1)"
