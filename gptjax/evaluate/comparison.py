@@ -19,13 +19,12 @@ from gptjax.evaluate.detokenizers import detokenize
 from gptjax.evaluate.protocol import Protocol
 from gptjax.evaluate.receipt import identify, make_receipt
 from gptjax.evaluate.scoring import Scorer
-from gptjax.evaluate.statistics import FEWEST_DOCUMENTS, standard_error
+from gptjax.evaluate.statistics import CONFIDENCE, FEWEST_DOCUMENTS, standard_error
 from gptjax.evaluate.texts import encode, hash_documents, read_texts, start_ids
 from gptjax.evaluate.windows import score_tokens
 
 # Documents that are too few are parted at ends of lines or sentences into segments of this size.
 _SEGMENT_BYTES = 1000
-_CONFIDENCE = 0.95
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,7 +119,7 @@ def judge(first_U: np.ndarray, second_U: np.ndarray, units: Units) -> dict[str, 
   error = standard_error(differences_U, bytes_U, np.arange(count))
   low = high = None
   if error is not None:
-    width = float(student.ppf((1 + _CONFIDENCE) / 2, count - 1)) * error
+    width = float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
     low, high = difference - width, difference + width
   verdict = "not distinguishable"
   if not differences_U.any():
