@@ -2,8 +2,8 @@
 
 Source: Yang et al. 2022, "Tensor Programs V", figure 1, in small: two layers on Shakespeare.
 Command: gptjax sweep --config experiments/sweep_lr.py --workdir runs/sweep_lr --workers 2
-  56 runs of 200 updates; `:tiny` is four of a few, for tests. Its plot is in docs/sweep.md.
-Hardware, time, metric: measured on two CPU cores; see docs/log.md.
+  56 runs of 200 updates; `:tiny` is four of a few, for tests. The plot is in its report.
+Hardware, time, metric: not yet run in full.
 """
 
 from gptjax.config import parse_arg, shrink, to_config_dict
