@@ -45,11 +45,11 @@ WRONG = {
   "num_beams": [0, -2, 1.5, 60_000],
   "length_penalty": [float("nan"), float("inf"), "1"],
   "early_stopping": [1, 0, "always"],
-  "num_return_sequences": [0, 1.5],
+  "num_return_sequences": [0, 1.5, 100_000],
   "repetition_penalty": [0, -1, float("nan"), float("inf")],
   "frequency_penalty": [float("nan"), float("inf"), "a"],
   "presence_penalty": [float("nan"), float("-inf")],
-  "no_repeat_ngram_size": [-1, 2.5],
+  "no_repeat_ngram_size": [-1, 2.5, 2**31],
   "bad_words_ids": [[1, 2], [[]], [[-1]], 5, "ab", [["a"]], [[1.5]], [[True]]],
   "bad_words": [5, [""], "", [5]],
   "logit_bias": [

@@ -18,6 +18,7 @@ from gptjax.data.tokenizer import Tokenizer
 from gptjax.errors import ConfigError, DataError, did_you_mean
 
 DEFAULT_NEW_TOKENS = 20
+_MAX_INT32 = 2**31 - 1  # of the device's counters
 ALIASES = {
   "stop_strings": "stop",
   "prefix_allowed_tokens_fn": "allowed_tokens",
@@ -66,10 +67,10 @@ def _to_float(value: Any) -> float:
 def _whole(low: int, high: int | None = None) -> _Kind:
   def convert(value: Any) -> int:
     number = _to_int(value)
-    _require(low <= number and (high is None or number <= high))
+    _require(low <= number <= (_MAX_INT32 if high is None else high))
     return number
 
-  limits = f"at least {low}" if high is None else f"{low} to {high}"
+  limits = f"at least {low} and below 2**31" if high is None else f"{low} to {high}"
   return _Kind(convert, f"a whole number, {limits}")
 
 
@@ -223,7 +224,7 @@ class DecodingOptions:
     "beams stop once num_beams are finished (true), when improvement is unlikely (false), or"
     ' impossible ("never")',
   )
-  num_return_sequences: int = _option(1, _whole(1), "texts for each prompt")
+  num_return_sequences: int = _option(1, _whole(1, 65_536), "texts for each prompt")
 
   # Rules on logits.
   repetition_penalty: float = _option(
