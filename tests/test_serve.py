@@ -115,7 +115,7 @@ def test_token_ids_and_repeated_choices(client, greedy_texts):
   of_ids = complete(client, prompt=ids, max_tokens=12, n=3, **GREEDY)
   assert [choice["text"] for choice in of_ids["choices"]] == greedy_texts["hello"].texts * 3
   assert [choice["index"] for choice in of_ids["choices"]] == [0, 1, 2]
-  assert of_ids["seed"] is None
+  assert of_ids["seed"] is None and of_ids["usage"]["completion_tokens"] == 36
 
 
 def test_echo_scores_the_prompt_as_the_harness_reads_it(client, generator, greedy_texts):
@@ -339,8 +339,8 @@ def test_other_paths_methods_and_models(client):
   assert "not served" in refused(
     client.post("/v1/completions", json={"prompt": "x", "model": "gpt-5"}), 404
   )
-  assert refused(client.get("/v2/completions"), 404)
-  assert refused(client.get("/v1/completions"), 405)
+  assert "no GET /v2/completions" in refused(client.get("/v2/completions"), 404)
+  assert "no GET /v1/completions" in refused(client.get("/v1/completions"), 405)
   [card] = client.get("/v1/models").json()["data"]
   assert card == client.get("/v1/models/tiny").json() and card["id"] == "tiny"
   assert refused(client.get("/v1/models/other"), 404)

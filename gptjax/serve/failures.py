@@ -73,6 +73,14 @@ def add_handlers(app: FastAPI) -> None:
     del request
     return error_response(error)
 
+  async def find_nothing(request: Request, error: StarletteHTTPException) -> JSONResponse:
+    if not isinstance(error, ApiError) and error.status_code in (404, 405):
+      there_is = (
+        f"there is no {request.method} {request.url.path}; /openapi.json lists all there is"
+      )
+      error = StarletteHTTPException(error.status_code, there_is, error.headers)
+    return error_response(error)
+
   async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
     del request
     return error_response(_explain(error))
@@ -83,7 +91,7 @@ def add_handlers(app: FastAPI) -> None:
     return error_response(error)
 
   app.add_exception_handler(UserError, answer)
-  app.add_exception_handler(StarletteHTTPException, answer)
+  app.add_exception_handler(StarletteHTTPException, find_nothing)
   app.add_exception_handler(RequestValidationError, refuse)
   app.add_exception_handler(Exception, fail)
 

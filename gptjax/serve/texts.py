@@ -13,7 +13,7 @@ from typing import Any
 from gptjax.generate.answer import Generation
 from gptjax.generate.generator import draw_seed
 from gptjax.generate.options import DecodingOptions, is_sampled, parse_options, strategy
-from gptjax.generate.slots import Produced, Prompt, Read
+from gptjax.generate.slots import Prompt, Read
 from gptjax.serve.engine import Engine, Event
 from gptjax.serve.failures import ApiError
 from gptjax.serve.schemas import Decoding, Generating
@@ -62,7 +62,7 @@ class Job:
     prompts: checked, or of a strategy that slots do not have, not yet.
     options: of all of them; num_return_sequences counts the texts that are drawn of a prompt.
     n: choices of each prompt.
-    num_new: tokens made so far.
+    num_new: tokens of all choices so far, and of those that `best_of` draws beside them.
   """
 
   engine: Engine
@@ -97,7 +97,7 @@ class Job:
       return
     async for events in call.events():
       pieces = [piece for event in events for piece in self._pieces_of(event)]
-      self.num_new += sum(isinstance(event.news, Produced) for event in events)
+      self.num_new += sum(len(piece.tokens) for piece in pieces)
       yield _join(pieces)
 
   async def all_pieces(self) -> list[Piece]:
@@ -164,10 +164,10 @@ class Job:
     if options.seed is not None:
       options = dataclasses.replace(options, seed=(options.seed + index) % 2**32)
     out = await self.engine.run(lambda: generator.generate([ids], options))
-    self.num_new += int(out.num_new.sum())
     self.engine.metrics.new_tokens.inc(int(out.num_new.sum()))
     rows = [_row(out, row) for row in range(options.num_return_sequences)]
     rows *= self.n // len(rows)
+    self.num_new += sum(len(row.tokens) for row in rows)
     return [dataclasses.replace(row, choice=index * self.n + i) for i, row in enumerate(rows)]
 
 
