@@ -8,6 +8,7 @@ from scored_models import make_loaded, make_text
 
 from gptjax.checkpoint.export import save_hf
 from gptjax.checkpoint.models import load_model, save_run
+from gptjax.cli.evaluate.arguments import doubt_tokenizer
 from gptjax.cli.main import main
 from gptjax.evaluate.receipt import differences, hash_model
 
@@ -173,3 +174,11 @@ def test_a_receipt_that_does_not_tell_where_things_lie_needs_flags(capsys, tmp_p
     path.write_text('{"task": "perplexity", "protocol": {}' + told + "}")
     status, _, err = run(capsys, "receipt", "--receipt", path)
     assert status == 2 and message in err and err.count("\n") == 1
+
+
+def test_a_tokenizer_with_far_fewer_ids_than_the_model_is_doubted(capsys):
+  model = make_loaded()
+  for spare, is_doubted in ((1024, False), (1025, True)):
+    config = dataclasses.replace(model.config, vocab_size=model.config.vocab_size + spare)
+    doubt_tokenizer(dataclasses.replace(model, config=config))
+    assert ("the figures mean nothing" in capsys.readouterr().err) == is_doubted

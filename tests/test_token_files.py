@@ -298,7 +298,7 @@ def test_damaged_token_files_are_one_line(tmp_path, char_tokenizer):
     ("short", "its header promises 1034"),
     ("version", "version 9; only 1"),
     ("odd", "even number"),
-    ("empty", "even number"),
+    ("empty", "is empty"),
     ("large", "holds token 99; the tokenizer has 9"),
   ):
     with pytest.raises(DataError, match=message):

@@ -256,7 +256,9 @@ def find_shard(path: str) -> Shard:
         f" ({shard.num_tokens} tokens); copy it again"
       )
     return shard
-  if size == 0 or size % 2:
+  if size == 0:
+    raise DataError(f'token file "{path}" is empty; there are no tokens in it')
+  if size % 2:
     raise DataError(f'token file "{path}" has {size} bytes; raw uint16 tokens need an even number')
   return Shard(path, 0, size // 2, "uint16")
 

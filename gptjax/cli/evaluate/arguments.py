@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from gptjax.checkpoint.models import DTYPES, Loaded, load_model
+from gptjax.checkpoint.models import DTYPES, Loaded, load_model, to_stderr
 from gptjax.cli.arguments import MODEL_HELP, add_json
 from gptjax.cli.compilation import enable_compilation_cache
 from gptjax.errors import ConfigError
@@ -20,6 +20,8 @@ from gptjax.evaluate.scoring import Scorer
 from gptjax.generate.kernels import WEIGHTS, round_to_int8
 from gptjax.parallel import make_parallel
 
+# Ids that a model may have beside those of its tokenizer, for the sake of even shapes.
+_MOST_PADDING = 1024
 _TEXT_FLAGS = {
   "start": ("token before each document", STARTS),
   "documents": ("what is a document: whole files and records, or lines of text files", DOCUMENTS),
@@ -102,7 +104,18 @@ def load_scorer(
     model = round_weights(model, options.weights)
   else:
     model = load_model(name, dtype, parallel, tokenizer=tokenizer)
+  doubt_tokenizer(model)
   return model, Scorer(model, options.batch_size, parallel)
+
+
+def doubt_tokenizer(model: Loaded) -> None:
+  """Says so where a tokenizer has far fewer ids than its model; too many are refused in scoring."""
+  known = model.config.vocab_size if model.tokenizer is None else model.tokenizer.vocab_size
+  if model.config.vocab_size - known > _MOST_PADDING:
+    to_stderr(
+      f"the tokenizer has {known:,} ids, and the model {model.config.vocab_size:,}; if it is not"
+      " the one that the model was trained with, the figures mean nothing"
+    )
 
 
 def round_weights(model: Loaded, weights: str) -> Loaded:
