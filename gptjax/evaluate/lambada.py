@@ -8,7 +8,7 @@ are as before.
 """
 
 import dataclasses
-import os
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -107,7 +107,9 @@ def _part(passage: str, detokenizer: str) -> tuple[str, str]:
   text = detokenize(passage, detokenizer)
   if not text.endswith(word):
     # The detokenizer spells it in another way.
-    word = text[len(os.path.commonprefix([text, detokenize(before, detokenizer)])) :].lstrip(" ")
+    both = zip(text, detokenize(before, detokenizer))
+    shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
+    word = text[shared:].lstrip(" ")
   context = text.removesuffix(word)
   return context.rstrip(" "), " " * context.endswith(" ") + word
 
