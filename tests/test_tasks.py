@@ -189,6 +189,11 @@ def test_examples_without_label_are_for_prediction_only(tmp_path):
   assert [example.label for example in read_examples(config, (str(file),))[0]] == [None, 0]
   with pytest.raises(DataError, match=r'has no "label", but "-1".*name "-1" in data.labels'):
     read_examples(config, (str(file),), needs_labels=True)
+  scores = write_table(tmp_path / "b.tsv", [("text", "text2", "label"), ("x", "y", "-1.0")])
+  for score_range, known in (((0.0, 5.0), None), ((-1.0, 1.0), -1.0), ((), -1.0)):
+    fields = {"family": "similarity", "target": "score", "score_range": score_range}
+    ((example,), _) = read_examples(config_of(scores, **fields), (str(scores),))
+    assert example.label == known
   question = {"article": "x", "questions": ["?", "!"], "options": [["a", "b"], ["c", "d"]], "id": 1}
   file = write_json(tmp_path / "a.jsonl", question)
   examples, _ = read_examples(TaskDataConfig(adapter="race"), (str(file),))

@@ -251,7 +251,9 @@ class _Maker:
   def _label(self, item: Item, labels: Mapping[str, int]) -> int | float | None:
     form, text = self._form, self._label_text(item)
     is_score = form.target == "score"
-    if text in HIDDEN_LABELS and not (is_score and text == "-1") and text not in labels:
+    lowest = form.score_range[0] if form.score_range else -math.inf
+    is_label = text in labels or (is_score and text == "-1" and lowest <= -1)
+    if text in HIDDEN_LABELS and not is_label:
       if self._needs_labels:
         hint = f', or name "{text}" in data.labels if it is one' * bool(text and form.labels)
         raise DataError(
