@@ -32,6 +32,7 @@ def test_version_is_quick_and_imports_no_jax():
     (["pretrian"], 'did you mean "pretrain"?'),
     (["pretrain", "--config", "x.py", "--wrkdir", "d"], "--workdir"),
     (["pretrain", "--workdir", "d"], "--config"),
+    (["pretrain", "--config", "x.py", "--workdir", "my", "run"], '"run" belongs to no flag'),
     (["pretrain", "--config", "experiments/none.py", "--workdir", "d"], "experiments/none.py"),
     (["pretrain", "--config", "experiments/gpt2.py", "--workdir", ""], "--workdir is empty"),
     (["data", "--config.seed=1"], "--config"),

@@ -58,6 +58,8 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     raise ConfigError(f'unknown verb "{words[0]}"{did_you_mean(words[0], VERBS)}')
   options, unknown = parser.parse_known_args(arguments)
   if unknown:
+    if not unknown[0].startswith("-"):
+      raise ConfigError(f'"{unknown[0]}" belongs to no flag; put text with spaces in quotes')
     # A verb that has its own verbs says which of its parsers it was.
     known = getattr(options, "parser", verb_parser or parser)._option_string_actions
     raise ConfigError(f'unknown argument "{unknown[0]}"{did_you_mean(unknown[0], known)}')
