@@ -134,7 +134,7 @@ def test_without_tokenizer_text_is_refused(tmp_path):
 
 def test_an_unknown_kind_of_tokenizer_is_none(tmp_path):
   path, *_ = make_folder(tmp_path / "model", with_tokenizer=False)
-  (path / "vocab.txt").write_text("[UNK]\na\n")
+  (path / "vocab.xml").write_text("<vocabulary/>")
   assert gptjax.load(path).tokenizer is None
 
 

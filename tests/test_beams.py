@@ -269,16 +269,16 @@ def test_when_a_search_stops(end_logit, later, early_stopping, is_short):
 
 
 def test_two_texts_drawn_without_replacement_follow_their_distribution():
-  """Of the first token, two of the candidates go on; their frequencies are those of the draws."""
-  num_draws, table = 4000, make_model(7)
+  """Of four first tokens drawn, the two likeliest go on; their frequencies are those of draws."""
+  num_draws, table = 4000, make_model(7, vocab_size=6)
   texts = find(table, [[1, 2]] * num_draws, num_beams=2, max_new=1, end_ids=(), do_sample=True)
   probabilities = np.asarray(jax.nn.softmax(table[2, 1, 2]), np.float64)
-  expected = {
-    frozenset(pair): sum(
-      probabilities[a] * probabilities[b] / (1 - probabilities[a]) for a, b in (pair, pair[::-1])
-    )
-    for pair in itertools.combinations(range(VOCAB_SIZE), 2)
-  }
+  expected = dict.fromkeys(map(frozenset, itertools.combinations(range(6), 2)), 0.0)
+  for tokens in itertools.permutations(range(6), 4):
+    drawn = probabilities[list(tokens)]
+    left = 1 - np.concatenate([[0], drawn[:-1].cumsum()])
+    best = frozenset(sorted(tokens, key=probabilities.__getitem__)[-2:])
+    expected[best] += np.prod(drawn / left)
   drawn = [frozenset(row) for row in texts.tokens_BWS[:, :, 2].tolist()]
   for pair, probability in expected.items():
     # Five standard deviations of a binomial count.

@@ -125,7 +125,13 @@ MEMORY_CASES = {
 }
 
 
-@pytest.mark.parametrize("case", MEMORY_CASES)
+@pytest.mark.parametrize(
+  "case",
+  [
+    case if case == "activations" else pytest.param(case, marks=pytest.mark.slow)
+    for case in MEMORY_CASES
+  ],
+)
 def test_memory_is_near_xlas_own_figure(case):
   config, rows = MEMORY_CASES[case]
   optimizer = optax.adamw(1e-3)

@@ -81,7 +81,7 @@ def test_tensorboard_resumes_without_duplicates(tmp_path):
 @pytest.mark.parametrize("name, module", [("wandb", "wandb"), ("tensorboard", "tensorboardX")])
 def test_missing_tracker_names_the_extra(monkeypatch, tmp_path, name, module):
   monkeypatch.setitem(sys.modules, module, None)
-  with pytest.raises(ConfigError, match=rf"gptjax\[{name}\]") as error:
+  with pytest.raises(ConfigError, match=rf"'\.\[{name}\]'") as error:
     make_trackers([name], str(tmp_path), "{}")
   assert "\n" not in str(error.value)
 

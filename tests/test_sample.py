@@ -116,7 +116,7 @@ def test_greedy_is_the_argmax_of_the_full_forward_pass(family):
     np.testing.assert_array_equal(row, expected[len(prompt) - 1 :][:7])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 1.0])
 def test_a_row_does_not_depend_on_its_companions(temperature):
   """Neither on their number nor on the padding they cause; its stream goes by its place."""
   config, params = FAMILIES["gpt2"], make_params(FAMILIES["gpt2"])

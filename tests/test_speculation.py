@@ -68,9 +68,9 @@ def assert_same(got, expected):
     np.testing.assert_allclose(got.top_logprobs, expected.top_logprobs, rtol=SAME, atol=SAME)
 
 
-# Local attention, rotated keys, and the others.
+# Local attention every day.
 @pytest.mark.parametrize(
-  "family", ["gpt3", "gptj", *map(slow, ("gpt1", "gpt2", "gptneo", "gptneox"))]
+  "family", ["gpt3", *map(slow, ("gpt1", "gpt2", "gptj", "gptneo", "gptneox"))]
 )
 def test_greedy_text_is_the_same_in_every_family(family):
   generator = make_generator(family)
@@ -103,7 +103,7 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("rules", [slow("logits"), "ends"])
 def test_rules_see_the_tokens_before_each_guess(rules):
   generator = make_generator()
   expected = generate(generator, **RULES[rules])
@@ -202,7 +202,8 @@ WARPERS = {
 }
 
 
-@pytest.mark.parametrize("warpers", [slow("none"), slow("candidates"), slow("top_p"), "rules"])
+@pytest.mark.slow  # compiles much
+@pytest.mark.parametrize("warpers", WARPERS)
 def test_a_draft_changes_no_probability(warpers):
   options = WARPERS[warpers]
   drafts = {"draft_model": make_tiny("gptneox", 1, 1), "num_draft_tokens": 2}
@@ -225,7 +226,8 @@ def _draw_anew(candidates, guess_R, probs_RV, texts):
 RIGHT = speculation.accept_or_draw
 
 
-@pytest.mark.parametrize("wrong", [_always_accept, slow(_draw_anew)])
+@pytest.mark.slow  # compiles much
+@pytest.mark.parametrize("wrong", [_always_accept, _draw_anew])
 def test_the_test_of_probabilities_finds_wrong_ones(monkeypatch, wrong):
   monkeypatch.setattr(speculation, "accept_or_draw", wrong)
   programs.speculate.clear_cache()
@@ -267,7 +269,7 @@ def _texts(keys_R):
     slow(5, {}),
     slow(1, SAMPLED),
     slow(3, SAMPLED),
-    (5, SAMPLED | {"top_k": 8}),
+    slow(5, SAMPLED | {"top_k": 8}),
   ],
 )
 def test_of_a_draft_that_is_the_model_every_guess_is_right(options, num_guesses):

@@ -94,7 +94,14 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# The real ones take most of a minute.
+@pytest.fixture(
+  scope="module",
+  params=[
+    pytest.param(kind, marks=pytest.mark.slow) if kind.startswith("shared ") else kind
+    for kind in KINDS
+  ],
+)
 def tokenizer(request, tmp_path_factory):
   return KINDS[request.param](tmp_path_factory.mktemp("tokenizer"))
 
