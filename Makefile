@@ -86,11 +86,12 @@ smoke: data  ## the README's commands on a tiny model, in seconds
 
 ci: lint test test-slow test-hf smoke  ## all that .ci/run runs
 
-bench: $(INSTALLED)  ## measurements beside the peers'; PyTorch twins run where it is installed
+bench: $(VENV)/installed-test  ## measurements beside the peers'; PyTorch twins run where it is installed
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.time_to_loss
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.serve
+	$(BIN)/python -m benchmarks.editor
 
 prove-resume: $(INSTALLED)  ## show that killed runs and other device layouts give the same losses
 	$(BIN)/python -m benchmarks.prove_resume

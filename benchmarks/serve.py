@@ -33,7 +33,7 @@ from gptjax.model.parameters import init_parameters
 
 GOAL = 3.0
 _START_SECONDS = 600
-_CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
+CHARACTERS = "\n" + "".join(map(chr, range(32, 127)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +57,8 @@ def save_model(folder: str, is_quick: bool) -> None:
   sizes = {"num_layers": 4, "num_heads": 4, "model_dim": 128, "context_length": 256}
   if is_quick:
     sizes |= {"num_layers": 1, "num_heads": 2, "model_dim": 16, "context_length": 64}
-  config = ModelConfig(vocab_size=len(_CHARACTERS), **sizes)
-  tokenizer = make_char_tokenizer([_CHARACTERS])
+  config = ModelConfig(vocab_size=len(CHARACTERS), **sizes)
+  tokenizer = make_char_tokenizer([CHARACTERS])
   Model(config, init_parameters(config, jax.random.key(0)), tokenizer).save(folder)
 
 
@@ -113,7 +113,7 @@ def make_requests(count: int, longest: int) -> list[dict]:
   rng = random.Random(0)
   return [
     {
-      "prompt": "".join(rng.choices(_CHARACTERS, k=rng.randint(4, 32))),
+      "prompt": "".join(rng.choices(CHARACTERS, k=rng.randint(4, 32))),
       "max_tokens": rng.randint(longest // 4, longest),
       "temperature": 0,
       "stream": True,

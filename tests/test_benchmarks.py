@@ -267,3 +267,11 @@ def test_serve_mixes_nothing():
   result, status = run_benchmark("serve", "--quick")
   assert status == 0
   assert result["differing_texts"] == 0 and result["requests"] >= 64
+
+
+@pytest.mark.slow
+def test_editor_runs():
+  result, status = run_benchmark("editor", "--quick")
+  assert status == 0
+  assert result["quick"] and set(result["median_seconds"]) == {"first", "second", "unread"}
+  assert all(0 < seconds < 60 for seconds in result["longest_seconds"].values())
