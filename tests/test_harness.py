@@ -304,7 +304,7 @@ def test_the_command_scores_the_weights_it_is_asked_for(harness, hf_folder, monk
     return {"results": {}, "versions": {}}
 
   monkeypatch.setattr(harness, "run_tasks", run_tasks)
-  flags = ["--model", str(hf_folder), "--tasks", "x", "--json", "--weights"]
+  flags = ["--model", str(hf_folder / "model"), "--tasks", "x", "--json", "--weights"]
   receipts = []
   for weights in ("float32", "int8"):
     assert main(["evaluate", "harness", *flags, weights]) == 0
