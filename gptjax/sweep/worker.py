@@ -29,7 +29,10 @@ def work_as_process(plan: Plan, workdir: str, url: str) -> None:
   """Runs trials as all that this process does; between trainings, a request to stop ends it."""
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(STOPPED))
   threading.Thread(target=_end_with_parent, daemon=True).start()
-  work(plan, workdir, url)
+  try:
+    work(plan, workdir, url)
+  finally:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it ends anyway
 
 
 def work(plan: Plan, workdir: str, url: str) -> None:
