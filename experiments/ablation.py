@@ -5,8 +5,8 @@ Command: gptjax finetune --config experiments/ablation.py:classification,small -
     --config.init_from=MODEL
   The other families by name; data and everything else as in experiments/finetune_FAMILY.py.
   Nine runs, DIR/VARIANT/seed-K, and the table in DIR/report.html; the same command goes on.
-Hardware, time, metric: 2 CPU cores; `classification,small` with NSMC, about 2 minutes a run on one
-  core: accuracy 0.817, without LM loss 0.821, from scratch 0.798.
+Hardware, time, metric: measured on two CPU cores; `classification,small` with NSMC, about 2 minutes
+  a run on one core: accuracy 0.817, without LM loss 0.821, from scratch 0.798.
 """
 
 from pathlib import Path

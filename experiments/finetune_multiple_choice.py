@@ -7,8 +7,8 @@ Command: gptjax finetune --config experiments/finetune_multiple_choice.py --work
   Other splits: --config.data.files='["a.tsv"]' and data.valid_files; other sets: data.adapter
   (gptjax/data/adapters.py); your own: data.adapter= and the columns, see docs/finetune.md.
   A small model wants a higher rate: `:small`; three seeds: --config.num_seeds=3.
-Hardware, time, metric: 2 CPU cores; `:small`, 240 updates in about 6 minutes on one core: accuracy
-  0.362 pretrained and 0.248 from scratch, means of three seeds; see docs/log.md.
+Hardware, time, metric: measured on two CPU cores; `:small`, 240 updates in about 6 minutes on one
+  core: accuracy 0.362 pretrained and 0.248 from scratch, means of three seeds; see docs/log.md.
 """
 
 from pathlib import Path

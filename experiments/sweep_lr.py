@@ -4,8 +4,9 @@ Source: Yang et al. 2022, "Tensor Programs V", figure 1, in small: two layers on
 Command: gptjax sweep --config experiments/sweep_lr.py --workdir runs/sweep_lr --workers 2
   56 runs of 200 updates; `:tiny` is four of a few, for tests. The plot is in its report, and in
   docs/sweep.md.
-Hardware, time, metric: 2 CPU cores, 14 minutes beside other work; the best rate of the standard
-  parametrisation falls from 8e-3 at width 32 to 2e-3 at 256, that of muP is 4e-3 or 8e-3.
+Hardware, time, metric: measured on two CPU cores, 14 minutes beside other work; the best rate of
+  the standard parametrisation falls from 8e-3 at width 32 to 2e-3 at 256, that of muP is 4e-3 or
+  8e-3.
 """
 
 from gptjax.config import parse_arg, shrink, to_config_dict
