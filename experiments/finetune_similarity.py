@@ -8,7 +8,7 @@ Command: gptjax finetune --config experiments/finetune_similarity.py --workdir D
   (gptjax/data/adapters.py); your own: data.adapter= and the columns, see docs/finetune.md.
   A small model wants a higher rate: `:small`; three seeds: --config.num_seeds=3.
 Hardware, time, metric: measured on two CPU cores; `:small`, 540 updates in about 6 minutes on one
-  core: Pearson 0.194 pretrained and 0.158 from scratch, means of three seeds; see docs/log.md.
+  core: Pearson 0.188 pretrained and 0.157 from scratch, means of three seeds; see docs/log.md.
 """
 
 from pathlib import Path
