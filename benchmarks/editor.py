@@ -28,6 +28,7 @@ from gptjax.model.presets import preset
 
 GOAL_SECONDS = 1.0
 NUM_CHARACTERS = 300
+PAUSE_SECONDS = 1.0  # from the last letter to TAB; what was asked for before is computed meanwhile
 COUNT, NUM_TOKENS = 5, 6  # the page's own, at first
 
 
@@ -61,6 +62,7 @@ def press_twice(port: int, document: int) -> dict[str, float]:
   text, unread = "".join(characters[:NUM_CHARACTERS]), "".join(characters[NUM_CHARACTERS:])
   place = {"session": f"written-{document}", "text": text, "count": COUNT}
   ask(port, "read", {"session": place["session"], "text": text[:-1]})
+  time.sleep(PAUSE_SECONDS)
   first, short = ask(port, "continuations", place | {"num_tokens": NUM_TOKENS})
   second, long = ask(port, "continuations", place | {"num_tokens": 2 * NUM_TOKENS})
   for one, other in zip(short["choices"], long["choices"], strict=True):
