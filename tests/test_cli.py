@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from gptjax import __version__
 from gptjax.cli.arguments import split_overrides
@@ -65,6 +66,8 @@ def test_every_compiled_program_is_kept_between_processes(tmp_path, monkeypatch)
   monkeypatch.delenv("GPTJAX_CACHE", raising=False)
   names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
   before = [getattr(jax.config, name) for name in names]
+  # jax decides once in a process whether and where it keeps programs; others may have compiled.
+  compilation_cache.reset_cache()
   try:
     enable_compilation_cache()
     jax.jit(lambda x: x * 3)(jnp.arange(5))  # far below jax's own threshold of a second
@@ -72,6 +75,7 @@ def test_every_compiled_program_is_kept_between_processes(tmp_path, monkeypatch)
   finally:
     for name, value in zip(names, before):
       jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def test_data_show_prints_one_object(tmp_path, capsys):
