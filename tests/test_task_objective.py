@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from families import make_config, make_params, relative_error
 
@@ -116,8 +115,9 @@ def test_loss_and_gradient_are_the_original_recipes(family):
   wide = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
   rng = np.random.default_rng(0)
   slopes = named_leaves(gradient)
-  # Where a gradient is zero (key biases) float32 leaves the rounding of what cancels.
-  rounding = np.finfo(np.float32).eps * optax.tree.norm(gradient)
+  # The softmax does not see key biases: their gradient is zero, and float32 leaves rounding.
+  zero = np.linalg.norm(slopes.pop("decoder/layers/attention/key/bias"))
+  assert zero < 1e-6 * np.linalg.norm(slopes["decoder/layers/attention/query/bias"])
   for name in slopes:
     direction = rng.normal(size=slopes[name].shape)
     step = 1e-5
@@ -127,8 +127,8 @@ def test_loss_and_gradient_are_the_original_recipes(family):
 
     ahead, behind = (original_loss(moved(by), encoded, task) for by in (step, -step))
     slope = float(np.sum(np.asarray(slopes[name], np.float64) * direction))
-    scale = 1e-5 * np.linalg.norm(slopes[name]) + rounding
-    assert abs((ahead - behind) / (2 * step) - slope) < scale * np.linalg.norm(direction), name
+    scale = np.linalg.norm(slopes[name]) * np.linalg.norm(direction)
+    assert abs((ahead - behind) / (2 * step) - slope) < 1e-5 * scale + 1e-7, name
 
 
 @pytest.mark.parametrize("family", ["similarity", "multiple_choice"])
