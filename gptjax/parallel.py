@@ -39,6 +39,8 @@ _DETECTED_CLUSTERS = ("slurm", "gcetpu", "gketpu")
 def set_host_devices(num_devices: int) -> None:
   """Makes the CPU show `num_devices` devices; call it before the first jax operation.
 
+  A single one computes in the thread that calls it, whose memory `keep_freed_memory` can keep.
+
   Raises:
     ConfigError: not positive, or jax already runs with another number.
   """
@@ -46,6 +48,7 @@ def set_host_devices(num_devices: int) -> None:
     raise ConfigError(f"train.host_devices is {num_devices}; it must be at least 1")
   try:
     jax.config.update("jax_num_cpu_devices", num_devices)
+    jax.config.update("jax_cpu_enable_async_dispatch", num_devices > 1)
   except RuntimeError as error:
     raise ConfigError(
       f"train.host_devices is {num_devices}, but jax already runs with"

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from gptjax import parallel as parallel_lib
+from gptjax.allocator import keep_freed_memory
 from gptjax.checkpoint.run_directory import RunDirectory
 from gptjax.checkpoint.store import CheckpointStore
 from gptjax.data.batch_schedule import BatchSchedule
@@ -87,6 +88,8 @@ def start_devices(config: PretrainConfig) -> None:
 def make_parallel(config: PretrainConfig) -> parallel_lib.Parallel:
   """Returns the driver that the config names, over all devices; the same for equal configs."""
   train = config.train
+  if jax.default_backend() == "cpu":
+    keep_freed_memory()
   return _make_parallel(
     train.mode,
     mesh_data=train.mesh_data,
