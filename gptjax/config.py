@@ -38,6 +38,7 @@ CORPUS_DEFAULTS = {
   "mixture": {},
 }
 CORPUS_NAMES = ("files", "token_files", "hub", "mixture")
+HELD_OUT_NAMES = ("valid_files", "valid_token_files", "hub_valid_split")
 
 
 def to_config_dict(value: Any) -> ConfigDict:
@@ -187,7 +188,8 @@ def apply_values(config: ConfigDict, values: Mapping[str, Any]) -> None:
   details of a choice (`gptjax.details`) that another choice does not use.
 
   Raises:
-    ConfigError: the key does not exist (with the nearest one), or a group is overwritten.
+    ConfigError: the key does not exist (with the nearest one), a group is overwritten, or
+      data.valid_fraction is set where held-out text is named.
   """
   for dotted, value in values.items():
     old = _find(config, dotted)
@@ -204,6 +206,13 @@ def apply_values(config: ConfigDict, values: Mapping[str, Any]) -> None:
     # The labelled examples of a task have some of these keys.
     stale = [key for key in defaults if key in config.data and key not in given]
     _set_keys(config.data, {key: defaults[key] for key in stale})
+  if "data.valid_fraction" in values:
+    for key in HELD_OUT_NAMES:
+      if config.data.get(key):
+        raise ConfigError(
+          f"data.valid_fraction has no effect beside data.{key}; leave it out, or set"
+          f" data.{key} to nothing too"
+        )
 
 
 def _find(config: ConfigDict, dotted: str) -> Any:

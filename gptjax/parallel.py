@@ -11,13 +11,14 @@ over rows when `axis_name` is not None, and divide once, after that.
 import contextlib
 import functools
 import math
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gptjax.errors import ConfigError, check_choice
@@ -120,7 +121,8 @@ def _detect_processes(timeout_seconds: float) -> tuple[str, str, int, int] | Non
       num_processes = cluster.get_process_count()
       if num_processes == 1:
         return None
-      address = cluster.get_coordinator_address(timeout_seconds, None)
+      port = os.environ.get("JAX_COORDINATOR_PORT")  # as jax has it
+      address = cluster.get_coordinator_address(timeout_seconds, port)
       return cluster.name, address, num_processes, cluster.get_process_id()
   return None
 
@@ -218,18 +220,8 @@ class Parallel:
       self._saved_shardings(shapes),
     )
 
-  def place(self, tree: PyTree) -> PyTree:
-    """Puts host arrays, the same in every process, where a state of these paths lives."""
-    return jax.tree.map(
-      lambda leaf, sharding: jax.make_array_from_callback(
-        np.shape(leaf), sharding, lambda index: np.asarray(leaf)[index]
-      ),
-      tree,
-      self._shardings(tree),
-    )
-
   def adopt(self, tree: PyTree) -> PyTree:
-    """Puts arrays of this process, which may be on a device, where a state of their paths lives."""
+    """Puts arrays, the same in every process, where a state of their paths lives."""
     return jax.device_put(tree, self._shardings(tree))
 
   def shard_batch(self, batch: PyTree, accumulation: int) -> PyTree:
@@ -258,6 +250,14 @@ class Parallel:
       numpy arrays [num_rows, ...], without the padding.
     """
     return jax.tree.map(lambda leaf: self._join_rows(np.asarray(leaf))[:num_rows], rows)
+
+  def by_process(self, rows: np.ndarray) -> np.ndarray:
+    """Deals the rows [R, ...] of one micro-batch, of all devices, to the processes that fed them.
+
+    Returns:
+      [process, R / processes, ...], those of a process in the order in which it gave them.
+    """
+    return rows.reshape(self.process_count, -1, *rows.shape[1:])
 
   def to_host(self, tree: PyTree) -> PyTree:
     """Copies arrays to numpy, whole, in every process."""
@@ -392,12 +392,16 @@ class MeshParallel(Parallel):
   """State and rows are split over a mesh by path rules; XLA inserts the communication."""
 
   def __init__(self, sizes: tuple[int, int, int], rules: ShardingRules, devices):
-    mesh = jax.make_mesh(sizes, _AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    mesh = Mesh(arrange(sizes, devices), _AXES, axis_types=(AxisType.Auto,) * 3)
     super().__init__(mesh, row_multiple=sizes[0] * sizes[1])
     self._rules = (*rules, ("", ()))
     self._replicated = NamedSharding(mesh, PartitionSpec())
     self._by_row = NamedSharding(mesh, PartitionSpec(None, _ROW_AXES))
     self._check_rows_of_processes(sizes)
+    # Each part of the rows is on one device or on several of one process.
+    parts = self._by_row.devices_indices_map((1, self.row_multiple)).items()
+    owners = {index[1].start or 0: device.process_index for device, index in parts}
+    self._parts_by_process = order_by_process(owners)
 
   def compile_step(self, step: Callable) -> "Program":
     def build(function, state):
@@ -434,6 +438,10 @@ class MeshParallel(Parallel):
   def _join_rows(self, rows: np.ndarray) -> np.ndarray:
     return rows[0]
 
+  def by_process(self, rows: np.ndarray) -> np.ndarray:
+    parts = rows.reshape(self.row_multiple, -1, *rows.shape[1:])
+    return super().by_process(parts[self._parts_by_process].reshape(rows.shape))
+
   def _scope(self) -> contextlib.AbstractContextManager:
     return jax.set_mesh(self._mesh)
 
@@ -446,6 +454,19 @@ class MeshParallel(Parallel):
         " processes must own an equal part of the rows: make the product a multiple of that,"
         " or train.mesh_tensor smaller"
       )
+
+
+def arrange(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+  """Lays devices out for a mesh: on one TPU slice along its links, elsewhere by process."""
+  is_one_slice = len({getattr(device, "slice_index", 0) for device in devices}) == 1
+  if devices[0].platform == "tpu" and is_one_slice:
+    return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+  return np.array(devices).reshape(sizes)
+
+
+def order_by_process(owners: Mapping[int, int]) -> list[int]:
+  """Orders parts of the rows by the process that owns them, then by place; {part: process}."""
+  return sorted(owners, key=lambda part: (owners[part], part))
 
 
 def _fit_spec(axes: tuple, shape: tuple[int, ...], mesh_shape: dict[str, int]) -> PartitionSpec:
@@ -473,7 +494,7 @@ class Program:
   def __init__(self, function, axis_name, build, scope, blocks: bool):
     self._function, self._axis_name = function, axis_name
     self._build, self._scope, self._blocks = build, scope, blocks
-    self._compiled = None
+    self._compiled = {}
     self.compile_count = 0
 
   def __call__(self, state: PyTree, batch: PyTree) -> PyTree:
@@ -491,9 +512,10 @@ class Program:
       return self._program(state).lower(state, batch)
 
   def _program(self, state: PyTree) -> Callable:
-    if self._compiled is None:
-      self._compiled = self._build(self._trace, state)
-    return self._compiled
+    structure = jax.tree.structure(state)
+    if structure not in self._compiled:
+      self._compiled[structure] = self._build(self._trace, state)
+    return self._compiled[structure]
 
   def _trace(self, state: PyTree, batch: PyTree) -> PyTree:
     self.compile_count += 1

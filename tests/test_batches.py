@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gptjax.data import prepare
+from gptjax.data import packing, prepare
 from gptjax.data.batch_schedule import BatchSchedule
 from gptjax.data.batches import BatchSource, StreamRows, valid_batches
 from gptjax.data.config import CorpusConfig, DataConfig
@@ -207,6 +207,16 @@ def test_packing_is_best_fit_and_made_once(documents):
   ]
   assert max(lengths) <= LENGTH
   assert np.mean(lengths) > 0.9 * LENGTH
+
+
+def test_a_document_of_more_segments_than_a_window_is_packed_whole(documents, monkeypatch):
+  train, _ = documents.corpora["corpus"]
+  expected = open_packing_plan(train, LENGTH).segments
+  monkeypatch.setattr(packing, "WINDOW_SEGMENTS", 2)
+  windows = list(packing.segment_windows(train.document_starts, LENGTH))
+  assert max(map(len, windows)) == 2
+  segments = np.concatenate(windows)
+  np.testing.assert_array_equal(segments, np.sort(expected.view("i8,i8"), axis=0).view("i8"))
 
 
 def test_mixtures_follow_their_weights(tmp_path):

@@ -136,6 +136,14 @@ def test_a_text_of_ones_own_takes_the_place_of_the_whole_corpus(overrides, left)
   assert config.data.to_dict() == expected
 
 
+def test_a_fraction_beside_held_out_text_is_refused():
+  config = make_hub_config()
+  with pytest.raises(ConfigError, match=r"valid_fraction has no effect beside data\.hub_valid"):
+    apply_overrides(config, {"data.valid_fraction": "0.2"})
+  apply_overrides(config, {"data.valid_fraction": "0.2", "data.hub_valid_split": ""})
+  assert config.data.valid_fraction == 0.2
+
+
 def test_a_text_of_ones_own_ends_a_mixture():
   config = to_config_dict(PretrainConfig())
   config.data.mixture = {"en": {"hub": "c/d"}}

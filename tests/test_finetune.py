@@ -328,6 +328,23 @@ def test_layers_and_new_rows_are_fresh_where_they_should_be(folder):
 
 
 @pytest.mark.slow
+def test_pretraining_starts_from_a_finetuned_model_without_its_head(run, folder, capsys):
+  command = ["pretrain", "--config", "experiments/shakespeare.py:tiny", "--workdir", f"{folder}/on"]
+  settings = {
+    "init_from": run.path,
+    "data.files": f'["{folder}/train.tsv"]',
+    "data.cache_dir": folder / "tokens",
+    "data.tokenizer": run.path,
+    "train.num_steps": 1,
+    "train.host_devices": 8,
+    "eval.sample_tokens": 0,
+  }
+  settings |= {f"model.{name}": value for name, value in MODEL.items()}
+  capsys.readouterr()
+  assert main(command + [f"--config.{name}={value}" for name, value in settings.items()]) == 0
+  assert 'its "task_head" is left out' in capsys.readouterr().err
+
+
 def test_a_finetuned_model_generates(run, capsys):
   arguments = ["--prompt", "the tea", "--max-new-tokens", "4", "--json"]
   assert main(["generate", "--model", str(run.path), *arguments]) == 0

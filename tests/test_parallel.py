@@ -1,6 +1,7 @@
 """One device, pmap and every mesh agree; donation, uneven rows, placement, and refusals."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,14 @@ import pytest
 
 from gptjax.batch import Batch
 from gptjax.errors import ConfigError, UserError
-from gptjax.parallel import initialize_processes, make_parallel, per_device, set_host_devices
+from gptjax.parallel import (
+  arrange,
+  initialize_processes,
+  make_parallel,
+  order_by_process,
+  per_device,
+  set_host_devices,
+)
 
 VOCAB, WIDTH, LENGTH = 32, 16, 8
 RULES = (
@@ -235,10 +243,48 @@ def test_random_initialisation_does_not_depend_on_the_devices():
 def test_placed_host_arrays_lie_as_an_initialised_state_does(options):
   parallel = make(**options)
   state = parallel.init_state(init_params, jax.random.key(0))
-  placed = parallel.place(jax.device_get(state))
+  placed = parallel.adopt(jax.device_get(state))
   for leaf, expected in zip(jax.tree.leaves(placed), jax.tree.leaves(state)):
     assert leaf.sharding == expected.sharding
     np.testing.assert_array_equal(leaf, expected)
+
+
+class FakeDevice(types.SimpleNamespace):
+  """A device of another machine, as jax's own tests fake them."""
+
+  __hash__ = object.__hash__
+
+
+def tpu_v6e_4x4():
+  """Sixteen chips of four hosts, two by two each."""
+  shared = {"platform": "tpu", "device_kind": "TPU v6 lite", "core_on_chip": 0, "slice_index": 0}
+  return [
+    FakeDevice(id=4 * y + x, coords=(x, y, 0), process_index=y // 2 * 2 + x // 2, **shared)
+    for y in range(4)
+    for x in range(4)
+  ]
+
+
+@pytest.mark.parametrize("sizes", [(16, 1, 1), (1, 8, 2), (2, 8, 1), (2, 2, 4)])
+def test_meshes_of_any_shape_fit_a_tpu_slice(sizes):
+  arranged = arrange(sizes, tpu_v6e_4x4())
+  assert arranged.shape == sizes
+  assert sorted(device.id for device in arranged.flat) == list(range(16))
+
+
+def test_gpus_of_several_nodes_lie_by_process():
+  nodes = [FakeDevice(id=i, platform="gpu", process_index=i // 4, slice_index=i // 4)
+           for i in range(8)]  # fmt: skip
+  assert [device.id for device in arrange((2, 4, 1), nodes).flat] == list(range(8))
+
+
+def test_rows_are_dealt_to_the_processes_that_fed_them():
+  # Parts of a ring over 2 x 2 hosts.
+  owners = {0: 0, 1: 0, 2: 1, 3: 1, 4: 3, 5: 3, 6: 2, 7: 2}
+  assert order_by_process(owners) == [0, 1, 2, 3, 6, 7, 4, 5]
+  rows = np.arange(16).reshape(16, 1)
+  for options in ({}, {"mode": "mesh", "mesh_fsdp": 4}):
+    np.testing.assert_array_equal(make(**options).by_process(rows), rows[None])
 
 
 def micro_batch_labels(parallel, num_rows, accumulation):

@@ -288,6 +288,20 @@ def test_slices_of_shards(tmp_path):
   assert [(part.offset_bytes, part.num_tokens) for part in sliced] == [(8, 2), (0, 3)]
 
 
+@pytest.mark.parametrize("name", ["train-documents.npy", "valid-pieces.npy", "train-00000.bin"])
+def test_a_build_that_lost_a_file_to_a_crash_is_made_again(tmp_path, text_file, name):
+  whole = text_of(prepare_data(tmp_path, files=(text_file,)), "train")
+  (path,) = tmp_path.glob(f"cache/*/{name}")
+  path.write_bytes(b"")
+  assert text_of(prepare_data(tmp_path, files=(text_file,)), "train") == whole
+  assert path.stat().st_size
+
+
+def test_a_column_of_files_without_columns_is_refused(tmp_path, text_file):
+  with pytest.raises(ConfigError, match=r"data\.text_column .* has no effect"):
+    prepare_data(tmp_path, files=(text_file,), text_column="body")
+
+
 def test_damaged_token_files_are_one_line(tmp_path, char_tokenizer):
   write_llmc(tmp_path / "short.bin", [1, 2], 20240520, 1, np.uint16, count=5)
   write_llmc(tmp_path / "version.bin", [1, 2], 20240520, 9, np.uint16)

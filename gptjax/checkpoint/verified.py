@@ -36,6 +36,7 @@ _TRANSIENT = (
   "Permission denied",
   "Too many open files",
   "Cannot allocate memory",
+  "Stale file handle",
 )
 _CHECKSUMS = "checksums.json"
 _READ_BYTES = 1 << 24

@@ -29,9 +29,11 @@ class Rows(Protocol):
 
   num_rows: int
 
-  def take(self, indices_B: np.ndarray) -> Batch: ...
+  def take(self, indices_B: np.ndarray) -> Batch:
+    """Returns the rows of int64 indices [B]: int32 tokens, targets, places, float32 weights."""
 
-  def token_ranges(self, index: int) -> list[tuple[int, int]]: ...
+  def token_ranges(self, index: int) -> list[tuple[int, int]]:
+    """Returns where a row's tokens and targets lie in the split: [start, stop) of each segment."""
 
 
 class StreamRows:

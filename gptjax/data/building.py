@@ -32,10 +32,21 @@ def build_once(
     _remove(temporary)
     try:
       build(temporary)
+      _sync(temporary)
       _remove(target)
       os.replace(temporary, target)
     finally:
       _remove(temporary)
+
+
+def _sync(path: Path) -> None:
+  """Writes what was built through to the disk: a rename may reach it before what it names."""
+  for part in (path, *path.rglob("*")):
+    descriptor = os.open(part, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+    finally:
+      os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

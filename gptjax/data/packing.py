@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from gptjax.data.building import build_once, disk_errors_named
-from gptjax.data.token_files import NpyWriter, TokenFiles
+from gptjax.data.token_files import NpyWriter, TokenFiles, is_whole_npy
 
 # Segments that are packed together: enough to fill rows well, few enough for any memory.
 WINDOW_SEGMENTS = 1 << 17
+_FILES = ("segments.npy", "rows.npy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,36 +42,40 @@ def open_packing_plan(tokens: TokenFiles, context_length: int) -> PackingPlan:
   folder = tokens.folder / f"{tokens.split}-packed-{context_length}"
   with disk_errors_named(str(tokens.folder.parent)):
     build_once(
-      folder, Path.is_dir, lambda temporary: _write_plan(tokens, context_length, temporary)
+      folder,
+      lambda built: all(is_whole_npy(built / name) for name in _FILES),
+      lambda temporary: _write_plan(tokens, context_length, temporary),
     )
-  arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("segments", "rows"))
-  return PackingPlan(*arrays)
+  return PackingPlan(*(np.load(folder / name, mmap_mode="r") for name in _FILES))
 
 
 def _write_plan(tokens: TokenFiles, context_length: int, folder: Path) -> None:
   folder.mkdir()
   with (
-    NpyWriter(folder / "segments.npy", (2,)) as segments,
-    NpyWriter(folder / "rows.npy") as rows,
+    NpyWriter(folder / _FILES[0], (2,)) as segments,
+    NpyWriter(folder / _FILES[1]) as rows,
   ):
-    for window_S2 in _segment_windows(tokens.document_starts, context_length):
+    for window_S2 in segment_windows(tokens.document_starts, context_length):
       for row in pack_best_fit(window_S2[:, 1].tolist(), context_length):
         rows.append([segments.length])
         segments.append(window_S2[row])
     rows.append([segments.length])
 
 
-def _segment_windows(document_starts: np.ndarray, context_length: int) -> Iterator[np.ndarray]:
+def segment_windows(document_starts: np.ndarray, context_length: int) -> Iterator[np.ndarray]:
   """Cuts documents into segments, int64 [segments, 2] of first token and inputs."""
   for first in range(0, len(document_starts) - 1, WINDOW_SEGMENTS):
     bounds = np.array(document_starts[first : first + WINDOW_SEGMENTS + 1])
     inputs = np.maximum(np.diff(bounds) - 1, 0)
     parts = -(-inputs // context_length)
-    document = np.repeat(np.arange(len(inputs)), parts)
-    part = np.arange(len(document)) - np.repeat(np.cumsum(parts) - parts, parts)
-    offset = part * context_length
-    lengths = np.minimum(inputs[document] - offset, context_length)
-    yield np.stack([bounds[document] + offset, lengths], axis=1)
+    ends = np.cumsum(parts)
+    # A document may have more parts than a window holds.
+    for start in range(0, ends[-1], WINDOW_SEGMENTS):
+      segment = np.arange(start, min(start + WINDOW_SEGMENTS, ends[-1]))
+      document = np.searchsorted(ends, segment, side="right")
+      offset = (segment - ends[document] + parts[document]) * context_length
+      lengths = np.minimum(inputs[document] - offset, context_length)
+      yield np.stack([bounds[document] + offset, lengths], axis=1)
 
 
 def pack_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:

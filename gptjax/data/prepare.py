@@ -181,6 +181,12 @@ def _find_inputs(name: str, corpus: CorpusConfig) -> _Inputs:
     )
   else:
     train, valid = find_sources(corpus)
+  kinds_of_source = {source.kind for source in (*train, *valid)}
+  if corpus.text_column != CorpusConfig.text_column and kinds_of_source <= {"txt", "tokens"}:
+    raise ConfigError(
+      f'data.text_column is "{corpus.text_column}", which has no effect: no file of "{name}" has'
+      " columns; leave it out"
+    )
   identity = {
     "train": [_identify(source) for source in train],
     "valid": [_identify(source) for source in valid],

@@ -123,11 +123,24 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
 def is_whole(folder: Path) -> bool:
   """Whether a folder is a complete build: a manifest, and every file of the size it states."""
   try:
-    splits = read_manifest(folder)["splits"].values()
-    shards = [Shard(**shard) for split in splits for shard in split["shards"]]
-    return all(os.path.getsize(folder / shard.path) >= shard.end_byte for shard in shards)
+    splits = read_manifest(folder)["splits"]
+    shards = [Shard(**shard) for split in splits.values() for shard in split["shards"]]
+    return all(os.path.getsize(folder / shard.path) >= shard.end_byte for shard in shards) and all(
+      is_whole_npy(folder / f"{split}-{name}.npy")
+      for split in splits
+      for name in ("documents", "pieces")
+    )
   except (OSError, ValueError, KeyError, TypeError):
     return False
+
+
+def is_whole_npy(path: Path) -> bool:
+  """Whether a .npy file is as long as its header says."""
+  try:
+    np.load(path, mmap_mode="r")
+  except (OSError, ValueError, EOFError):
+    return False
+  return True
 
 
 class TokenWriter:

@@ -222,7 +222,7 @@ class Finetuning(TrainingRun):
     for indices_E, batch in scoring_batches(valid, batch_rows, self.examples.buckets):
       share = self._fill_up(self._share(batch), 1)
       gathered = parallel.to_host(self._output_step(state, parallel.shard_batch(share, 1)))
-      by_process = gathered.reshape(parallel.process_count, -1, gathered.shape[-1])
+      by_process = parallel.by_process(gathered)
       outputs_EC = by_process[:, : batch_rows // parallel.process_count].reshape(batch_rows, -1)
       if outputs_NC is None:
         outputs_NC = np.zeros((valid.num_examples, outputs_EC.shape[1]), np.float32)

@@ -18,9 +18,9 @@ from gptjax import tree
 from gptjax.batch import Batch
 from gptjax.model.config import ModelConfig
 from gptjax.model.decoder import row_mixer, run_layers
-from gptjax.model.parameters import decoder_specs, model_specs
-from gptjax.report import format_bytes
+from gptjax.model.parameters import decoder_specs
 from gptjax.train.config import OptimizerConfig, TrainConfig
+from gptjax.train.optimizer import HIDDEN_PATTERN
 
 PROBE_SECONDS = 0.4
 PROBE_SIZES = (512, 1024, 2048)
@@ -179,15 +179,9 @@ class MemoryEstimate:
     """All of it, in bytes."""
     return sum(dataclasses.astuple(self))
 
-  def table(self) -> str:
-    """Writes one item a line, for a terminal."""
-    items = {**dataclasses.asdict(self), "total": self.total}
-    return "\n".join(
-      f"{name.replace('_', ' '):<16} {format_bytes(size):>10}" for name, size in items.items()
-    )
-
 
 def memory_estimate(
+  specs: tree.PyTree,
   model: ModelConfig,
   optimizer: OptimizerConfig,
   train: TrainConfig,
@@ -198,6 +192,7 @@ def memory_estimate(
   """Estimates the memory of a training step before anything is compiled.
 
   Args:
+    specs: of all parameters, in ParameterSpecs.
     model, optimizer, train: the run.
     num_devices: of the whole run.
     row_tokens: L; None is the context length.
@@ -210,21 +205,25 @@ def memory_estimate(
   data, fsdp, tensor = _mesh_sizes(train, num_devices)
   row_tokens = row_tokens or model.context_length
   rows = math.ceil(train.batch_rows / (data * fsdp * train.accumulation))
-  specs = tree.named_leaves(model_specs(model))
-  sizes = {name: math.prod(spec.shape) / (fsdp * tensor) for name, spec in specs.items()}
-  num_parameters = sum(sizes.values())
-  hidden = sum(n for name, n in sizes.items() if "layers/" in name and name.endswith("kernel"))
-  moments = 2 * num_parameters - (hidden if optimizer.name == "muon" else 0)
+  num_parameters = _count(specs) / (fsdp * tensor)
+  trained, _ = tree.split_named(specs, optimizer.frozen_pattern)
+  num_trained = _count(trained) / (fsdp * tensor)
+  hidden = _count(tree.split_named(trained, HIDDEN_PATTERN)[1]) / (fsdp * tensor)
+  moments = 2 * num_trained - (hidden if optimizer.name == "muon" else 0)
   average = num_parameters if optimizer.ema_decay else 0
   tokens = rows * row_tokens
   chunk = min(train.loss_chunk_tokens or tokens, tokens)
   return MemoryEstimate(
     parameters=round(4 * num_parameters),
     optimizer_state=round(4 * (moments + average)),
-    gradients=round(4 * num_parameters * (2 if train.accumulation > 1 else 1)),
+    gradients=round(4 * num_trained * (2 if train.accumulation > 1 else 1)),
     activations=round(rows * _activation_bytes(model, row_tokens) / tensor),
     logits=round(2 * 4 * chunk * model.padded_vocab_size / tensor),
   )
+
+
+def _count(specs: tree.PyTree) -> int:
+  return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs))
 
 
 def available_bytes(device: jax.Device) -> int:

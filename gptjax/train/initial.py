@@ -8,6 +8,7 @@ from gptjax.checkpoint.resolve import resolve_model
 from gptjax.data.prepare import PreparedData
 from gptjax.errors import CheckpointError
 from gptjax.model.config import ModelConfig
+from gptjax.model.parameters import model_specs
 from gptjax.parallel import Parallel
 from gptjax.train.config import PretrainConfig
 from gptjax.train.setup import say
@@ -52,10 +53,12 @@ def check_init_from(config: PretrainConfig, prepared: PreparedData) -> None:
 
 def load_initial(config: PretrainConfig, parallel: Parallel) -> PyTree:
   """Loads the parameters of init_from, float32, placed; of a run that kept one, their average."""
-  params = load_model(config.init_from, "float32", parallel, report=say).params
+  loaded = load_model(config.init_from, "float32", parallel, report=say).params
+  params = {part: loaded[part] for part in model_specs(config.model)}
+  left_out = "".join(f'; its "{part}" is left out' for part in loaded if part not in params)
   say(
-    f"starting from {config.init_from}: all {len(named_leaves(params))} parameters match; the"
-    " optimiser and the count of steps are fresh"
+    f"starting from {config.init_from}: all {len(named_leaves(params))} parameters match{left_out};"
+    " the optimiser and the count of steps are fresh"
   )
   return params
 

@@ -159,6 +159,7 @@ class TrainingRun:
         step = start_step
         if not self.has_converged():  # nor had it when it was interrupted
           state, step = loop.run(state, batches, start_step)
+        self.store.wait()  # while signals are still polite requests
       is_complete = step == self.num_steps or self.has_converged()
       if is_complete:
         self.finish(state, step)
@@ -184,6 +185,7 @@ class TrainingRun:
     config, model = self.config, self.config.model
     num_rows, row_tokens = self.row_size()
     estimate = hardware.memory_estimate(
+      self.specs(),
       model,
       config.optimizer,
       dataclasses.replace(config.train, batch_rows=num_rows),

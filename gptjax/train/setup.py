@@ -25,8 +25,9 @@ from gptjax.errors import ConfigError, DataError, UserError
 from gptjax.model.parameters import SHARDING_RULES
 from gptjax.train.config import EvalConfig, PretrainConfig
 
-# What may change between a run and its resumption: it changes no number that is learned, except
-# the guards against bad updates, which a run that was stopped by them must be able to change.
+# What may change between a run and its resumption: it changes no number that is learned (but that,
+# with dropout, other devices draw other masks), except the guards against bad updates, which a run
+# that was stopped by them must be able to change.
 CHANGEABLE_KEYS = (
   "data.cache_dir",
   "data.build_processes",
@@ -81,15 +82,15 @@ def start_devices(config: PretrainConfig) -> None:
   parallel_lib.initialize_processes(
     train.coordinator, train.num_processes, train.process_id, train.distributed_timeout_seconds
   )
-  if train.matmul_precision == "highest":
-    jax.config.update("jax_default_matmul_precision", "highest")
+  precision = None if train.matmul_precision == "default" else train.matmul_precision
+  jax.config.update("jax_default_matmul_precision", precision)
+  if jax.default_backend() == "cpu":
+    keep_freed_memory()
 
 
 def make_parallel(config: PretrainConfig) -> parallel_lib.Parallel:
   """Returns the driver that the config names, over all devices; the same for equal configs."""
   train = config.train
-  if jax.default_backend() == "cpu":
-    keep_freed_memory()
   return _make_parallel(
     train.mode,
     mesh_data=train.mesh_data,

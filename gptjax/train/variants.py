@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 
 from gptjax import report
@@ -68,7 +69,8 @@ def finetune_variants(variants: Sequence[Variant], workdir: str) -> None:
         say(f"{variant.name or 'run'}, seed {seed}")
         config = dataclasses.replace(variant.config, seed=seed, num_seeds=1)
         is_complete = finetune(config, str(_path(workdir, variant, seed)))
-        _write(variants, workdir)
+        if jax.process_index() == 0:
+          _write(variants, workdir)
   if is_complete:
     say(f"all runs are complete: {epath.Path(workdir) / 'report.html'}")
 
