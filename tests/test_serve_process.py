@@ -237,7 +237,8 @@ def test_wrong_flags_are_one_line(folder, arguments, said, capsys):
 
 def test_the_harness_scores_a_served_model_as_it_does_locally(server, folder):
   """Through local-completions, with the tokenizer of the server: no file, and no transformers."""
-  pytest.importorskip("lm_eval", reason="needs the extra harness")
+  pytest.importorskip("lm_eval", reason="needs the extra test-serve")
+  pytest.importorskip("tenacity", reason="needs the extra test-serve")
   from lm_eval.api.instance import Instance
   from lm_eval.models.openai_completions import LocalCompletionsAPI
 

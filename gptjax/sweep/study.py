@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import uuid
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -376,7 +377,10 @@ def _open_storage(url: str) -> optuna.storages.BaseStorage:
     Path(url).expanduser().parent.mkdir(parents=True, exist_ok=True)
     return optuna.storages.JournalStorage(JournalFileBackend(str(Path(url).expanduser())))
   try:
-    return optuna.storages.RDBStorage(url)
+    storage = optuna.storages.RDBStorage(url)
+    # Optuna leaves connections open, of which Python 3.13 warns.
+    weakref.finalize(storage, storage.engine.dispose)
+    return storage
   except Exception as error:  # of SQLAlchemy, of a driver that is not installed, of a server
     reason = str(error).strip().splitlines()[0]
     raise ConfigError(
