@@ -1,15 +1,12 @@
 """Fine-tuning on a labelled task: puts a config's examples, pretrained model and loop together."""
 
-import contextlib
 import dataclasses
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from gptjax import config as config_lib
 from gptjax.batch import Batch
 from gptjax.checkpoint.run_directory import RunDirectory
 from gptjax.checkpoint.store import CheckpointStore
@@ -19,18 +16,14 @@ from gptjax.evaluate.predictions import decide, describe_predictions
 from gptjax.evaluate.task_metrics import task_metrics
 from gptjax.model.lora import merge_lora
 from gptjax.model.parameters import ParameterSpec
+from gptjax.parallel import Parallel
 from gptjax.train.finetune_config import FinetuneConfig
 from gptjax.train.loop import Event
 from gptjax.train.optimizer import Hyperparameters, hyperparameters
-from gptjax.train.run import IsEnough, TrainingRun, never
+from gptjax.train.run import IsEnough, TrainingRun, launch, never
 from gptjax.train.schedule import resolve_durations
 from gptjax.train.setup import (
-  CHANGEABLE_KEYS,
-  ending_at_once,
-  ending_together,
-  make_parallel,
   say,
-  start_devices,
 )
 from gptjax.train.step import TrainState
 from gptjax.train.task_objective import TaskObjective, example_losses, output_program
@@ -53,52 +46,25 @@ def finetune(config: FinetuneConfig, workdir: str, is_enough: IsEnough = never) 
   Raises:
     UserError: whatever in config, data, model or the directory keeps it from running.
   """
-  started = time.time()
-  start_devices(config)
-  parallel = make_parallel(config)
-  run = RunDirectory(workdir)
-  is_first = parallel.process_index == 0
-  with contextlib.ExitStack() as stack:
-    with ending_together(parallel):
-      if is_first:
-        stack.enter_context(run.lock())
-      check_divides(config.train.batch_rows, parallel.process_count, "train.batch_rows")
-      origin = find_origin(config, run)
-      examples = TaskExamples.load(config, origin)
-      config = resolve_config(config, origin, examples)
-      identity = (
-        config_lib.to_json(config), origin.tokenizer, CHANGEABLE_KEYS, examples.describe()
-      )  # fmt: skip
-      if is_first:
-        run.create_or_check(*identity)
-    with ending_together(parallel):
-      if not is_first:  # with other data or another config, the processes would not fit together
-        run.check(*identity)
-      is_finished = is_finished_and_whole(run)
-    if is_finished:
-      say(f"{workdir} is complete; nothing to do")
-      return True
-    with ending_at_once(parallel):
-      return Finetuning(
-        config=config,
-        run=run,
-        tokenizer=origin.tokenizer,
-        parallel=parallel,
-        num_steps=config.train.num_steps,
-        started=started,
-        is_enough=is_enough,
-        best_metric=f"negated_{examples.task.metrics[0]}",
-        examples=examples,
-      ).run_all()
 
+  def prepare(parallel: Parallel, run: RunDirectory, started: float) -> Finetuning:
+    check_divides(config.train.batch_rows, parallel.process_count, "train.batch_rows")
+    origin = find_origin(config, run)
+    examples = TaskExamples.load(config, origin)
+    resolved = resolve_config(config, origin, examples)
+    return Finetuning(
+      config=resolved,
+      run=run,
+      tokenizer=origin.tokenizer,
+      parallel=parallel,
+      num_steps=resolved.train.num_steps,
+      started=started,
+      is_enough=is_enough,
+      best_metric=f"negated_{examples.task.metrics[0]}",
+      examples=examples,
+    )
 
-def is_finished_and_whole(run: RunDirectory) -> bool:
-  """Says whether the results are written and the checkpoint they are of can be read."""
-  results = run.read_results()
-  if results is None or results["step"] != run.latest_step():
-    return False
-  with CheckpointStore(run.checkpoints_path) as store:
-    return store.is_whole(results["step"])
+  return launch(config, workdir, prepare)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -118,6 +84,16 @@ class Finetuning(TrainingRun):
     )
     self._scores: dict[int, float] | None = None
     self._outputs_NC: np.ndarray | None = None
+
+  def describe_data(self) -> dict[str, Any]:
+    return self.examples.describe()
+
+  def is_finished(self) -> bool:
+    results = self.run.read_results()
+    if results is None or results["step"] != self.run.latest_step():
+      return False
+    with CheckpointStore(self.run.checkpoints_path) as store:
+      return store.is_whole(results["step"])
 
   def objective(self) -> TaskObjective:
     settings = self.config.finetune

@@ -1,38 +1,31 @@
 """Pretraining by next-token prediction: puts a config's data, model, devices and loop together."""
 
-import contextlib
 import dataclasses
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gptjax import config as config_lib
 from gptjax.batch import Batch
 from gptjax.checkpoint.run_directory import RunDirectory
+from gptjax.checkpoint.store import CheckpointStore
 from gptjax.data.batches import BatchSource, valid_batches
 from gptjax.data.prepare import PreparedData, prepare_data
 from gptjax.model.parameters import model_specs
+from gptjax.parallel import Parallel
 from gptjax.train.config import PretrainConfig
 from gptjax.train.initial import check_init_from, load_initial
 from gptjax.train.loop import Event, bits_per_byte
 from gptjax.train.optimizer import Hyperparameters, hyperparameters
 from gptjax.train.programs import eval_program
-from gptjax.train.run import IsEnough, TrainingRun, never
+from gptjax.train.run import IsEnough, TrainingRun, launch, never
 from gptjax.train.run_report import training_report
 from gptjax.train.schedule import resolve_durations
 from gptjax.train.setup import (
-  CHANGEABLE_KEYS,
   batch_schedule,
   check_events,
   describe_data,
-  ending_at_once,
-  ending_together,
-  is_finished_and_whole,
-  make_parallel,
   resolve_model,
   resolve_num_steps,
   say,
-  start_devices,
 )
 from gptjax.train.step import LanguageModelObjective, TrainState
 
@@ -51,48 +44,30 @@ def pretrain(config: PretrainConfig, workdir: str, is_enough: IsEnough = never) 
   Raises:
     UserError: whatever in config, data or the directory keeps it from running.
   """
-  started = time.time()
-  start_devices(config)
-  parallel = make_parallel(config)
-  run = RunDirectory(workdir)
-  is_first = parallel.process_index == 0
-  with contextlib.ExitStack() as stack:
-    with ending_together(parallel):
-      if is_first:
-        stack.enter_context(run.lock())
-      prepared = prepare_data(config.data, report=say)
-      config = resolve_model(config, prepared)
-      schedule = batch_schedule(config)
-      schedule.check_processes(parallel.process_count)
-      source = BatchSource(prepared, config.model.context_length, config.seed, schedule)
-      num_steps = resolve_num_steps(config, schedule, source.rows_per_epoch)
-      check_events(config, prepared, parallel.process_count)
-      if run.latest_step() is None:
-        check_init_from(config, prepared)
-      identity = (
-        config_lib.to_json(config), prepared.tokenizer, CHANGEABLE_KEYS, describe_data(prepared)
-      )  # fmt: skip
-      if is_first:
-        run.create_or_check(*identity)
-    with ending_together(parallel):
-      if not is_first:  # with other data or another config, the processes would not fit together
-        run.check(*identity)
-      is_finished = is_finished_and_whole(run, num_steps)
-    if is_finished:
-      say(f"{workdir} has all of its {num_steps} steps; nothing to do")
-      return True
-    with ending_at_once(parallel):
-      return Pretraining(
-        config=config,
-        run=run,
-        tokenizer=prepared.tokenizer,
-        parallel=parallel,
-        num_steps=num_steps,
-        started=started,
-        is_enough=is_enough,
-        prepared=prepared,
-        source=source,
-      ).run_all()
+
+  def prepare(parallel: Parallel, run: RunDirectory, started: float) -> Pretraining:
+    prepared = prepare_data(config.data, report=say)
+    resolved = resolve_model(config, prepared)
+    schedule = batch_schedule(resolved)
+    schedule.check_processes(parallel.process_count)
+    source = BatchSource(prepared, resolved.model.context_length, resolved.seed, schedule)
+    num_steps = resolve_num_steps(resolved, schedule, source.rows_per_epoch)
+    check_events(resolved, prepared, parallel.process_count)
+    if run.latest_step() is None:
+      check_init_from(resolved, prepared)
+    return Pretraining(
+      config=resolved,
+      run=run,
+      tokenizer=prepared.tokenizer,
+      parallel=parallel,
+      num_steps=num_steps,
+      started=started,
+      is_enough=is_enough,
+      prepared=prepared,
+      source=source,
+    )
+
+  return launch(config, workdir, prepare)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -106,6 +81,13 @@ class Pretraining(TrainingRun):
 
   prepared: PreparedData
   source: BatchSource
+
+  def describe_data(self) -> dict[str, Any]:
+    return describe_data(self.prepared)
+
+  def is_finished(self) -> bool:
+    with CheckpointStore(self.run.checkpoints_path) as store:
+      return self.run.is_finished(self.num_steps) and store.is_whole(self.run.latest_step())
 
   def objective(self) -> LanguageModelObjective:
     objective = LanguageModelObjective(self.config.model, self.config.train.loss_chunk_tokens)

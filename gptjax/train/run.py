@@ -1,4 +1,4 @@
-"""A run around the one loop: what pretraining and fine-tuning share, and what each has to say."""
+"""A run from its start to its report: what pretraining and fine-tuning share around the loop."""
 
 import contextlib
 import dataclasses
@@ -27,7 +27,15 @@ from gptjax.train.metrics import MetricsWriter, make_trackers
 from gptjax.train.optimizer import Hyperparameters
 from gptjax.train.profile import Profiler
 from gptjax.train.programs import make_init, not_finite_program, train_program
-from gptjax.train.setup import ending_together, sample_prompt_ids, say
+from gptjax.train.setup import (
+  CHANGEABLE_KEYS,
+  ending_at_once,
+  ending_together,
+  make_parallel,
+  sample_prompt_ids,
+  say,
+  start_devices,
+)
 from gptjax.train.step import Objective, TrainState, describe_not_finite
 
 PyTree = Any
@@ -38,6 +46,51 @@ IsEnough = Callable[[int, Line], bool]
 def never(step: int, line: Line) -> bool:
   """Lets a run go on to its end."""
   return False
+
+
+def launch(
+  config: RunConfig,
+  workdir: str,
+  prepare: Callable[[parallel_lib.Parallel, RunDirectory, float], "TrainingRun"],
+) -> bool:
+  """Trains in a run directory, or goes on with the run that is there, in all processes together.
+
+  Args:
+    config: of the run; which devices it starts.
+    workdir: the run directory, locked while this process is at work in it.
+    prepare: called with the driver, the directory and the time of the start; finds the data and
+      raises UserError for whatever would fail later.
+
+  Returns:
+    Whether the run is complete, and not stopped before its end.
+  """
+  started = time.time()
+  start_devices(config)
+  parallel = make_parallel(config)
+  run = RunDirectory(workdir)
+  is_first = parallel.process_index == 0
+  with contextlib.ExitStack() as stack:
+    with ending_together(parallel):
+      if is_first:
+        stack.enter_context(run.lock())
+      training = prepare(parallel, run, started)
+      identity = (
+        config_lib.to_json(training.config),
+        training.tokenizer,
+        CHANGEABLE_KEYS,
+        training.describe_data(),
+      )
+      if is_first:
+        run.create_or_check(*identity)
+    with ending_together(parallel):
+      if not is_first:  # with other data or another config, the processes would not fit together
+        run.check(*identity)
+      is_finished = training.is_finished()
+    if is_finished:
+      say(f"{workdir} is complete; nothing to do")
+      return True
+    with ending_at_once(parallel):
+      return training.run_all()
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -63,6 +116,14 @@ class TrainingRun:
   seconds_before: float = 0.0
   is_enough: IsEnough = never
   best_metric: str = "valid_loss"
+
+  def describe_data(self) -> dict[str, Any]:
+    """Returns what tells the data of this run from others, wherever they lie."""
+    raise NotImplementedError
+
+  def is_finished(self) -> bool:
+    """Says whether nothing is left to do and the last checkpoint can be read."""
+    raise NotImplementedError
 
   def objective(self) -> Objective:
     """Returns what is minimised."""

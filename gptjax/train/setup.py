@@ -15,8 +15,6 @@ import numpy as np
 
 from gptjax import parallel as parallel_lib
 from gptjax.allocator import keep_freed_memory
-from gptjax.checkpoint.run_directory import RunDirectory
-from gptjax.checkpoint.store import CheckpointStore
 from gptjax.data.batch_schedule import BatchSchedule
 from gptjax.data.batches import BatchSource, valid_batches
 from gptjax.data.prepare import PreparedData, prepare_data
@@ -230,12 +228,6 @@ def _prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
       f'eval.sample_prompts has "{prompt}", but the tokenizer has {wanted}; give another prompt'
     )
   return ids
-
-
-def is_finished_and_whole(run: RunDirectory, num_steps: int) -> bool:
-  """Says whether all updates are done and the last checkpoint can be read."""
-  with CheckpointStore(run.checkpoints_path) as store:
-    return run.is_finished(num_steps) and store.is_whole(run.latest_step())
 
 
 def show_row(config: PretrainConfig, step: int, row: int) -> list[Any]:
