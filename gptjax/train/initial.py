@@ -1,6 +1,5 @@
 """`init_from`: another model's parameters to start from, in place of fresh ones."""
 
-import dataclasses
 from typing import Any
 
 from gptjax.checkpoint.models import describe_model, load_model, load_model_tokenizer
@@ -9,25 +8,11 @@ from gptjax.data.prepare import PreparedData
 from gptjax.errors import CheckpointError
 from gptjax.model.config import ModelConfig
 from gptjax.model.parameters import model_specs
+from gptjax.model.recipe import TRAINING_FIELDS, spell_out
 from gptjax.parallel import Parallel
 from gptjax.train.config import PretrainConfig
 from gptjax.train.setup import say
 from gptjax.tree import PyTree, named_leaves
-
-# What may differ between the two: no shape and no function.
-FREE_MODEL_KEYS = (
-  "family",
-  "embedding_dropout",
-  "attention_dropout",
-  "residual_dropout",
-  "init_std",
-  "position_init_std",
-  "residual_init_scale",
-  "compute_dtype",
-  "attention_implementation",
-  "scan_layers",
-  "remat",
-)
 
 
 def check_init_from(config: PretrainConfig, prepared: PreparedData) -> None:
@@ -64,15 +49,8 @@ def load_initial(config: PretrainConfig, parallel: Parallel) -> PyTree:
 
 
 def _spell_out(model: ModelConfig) -> dict[str, Any]:
-  """Returns what both models must have in common, with what None stands for."""
-  fields = dataclasses.asdict(model)
-  fields |= {"head_dim": model.head_width, "ffw_dim": model.ffw_width}
+  """Returns what both models must have in common: shapes and functions."""
+  fields = spell_out(model) | {"vocab_multiple": model.vocab_multiple}
   repeats = model.num_layers // len(model.attention_pattern)
   fields["attention_pattern"] = model.attention_pattern * repeats
-  if model.positions == "rotary":
-    fields["rotary_dim"] = model.rotated_dim
-  else:
-    fields |= dict.fromkeys(("rotary_dim", "rotary_style", "rotary_base"))
-  if "local" not in model.attention_pattern:
-    fields["window_size"] = None
-  return {key: value for key, value in fields.items() if key not in FREE_MODEL_KEYS}
+  return {key: fields[key] for key in fields if key not in ("family", *TRAINING_FIELDS)}
