@@ -6,21 +6,25 @@ Defaults are written once, in the dataclasses of the rooms; an experiment starts
 """
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import inspect
 import json
+import math
+import re
+import traceback
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ml_collections import ConfigDict
 
 from gptjax.details import details_without_effect
-from gptjax.errors import ConfigError, did_you_mean
+from gptjax.errors import ConfigError, UserError, did_you_mean
 
 DataclassT = TypeVar("DataclassT")
 
@@ -37,6 +41,8 @@ CORPUS_DEFAULTS = {
   "valid_token_files": (),
   "mixture": {},
 }
+# Whatever is counted is less, and fits 64 bits.
+LARGEST_NUMBER = 10**18
 CORPUS_NAMES = ("files", "token_files", "hub", "mixture")
 HELD_OUT_NAMES = ("valid_files", "valid_token_files", "hub_valid_split")
 
@@ -146,9 +152,12 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     _require(
       isinstance(value, int | float) and not isinstance(value, bool), path, value, "a number"
     )
+    _require(not math.isinf(value), path, value, "finite")
     return float(value)
   if hint is int and isinstance(value, float) and value.is_integer():
-    return int(value)
+    value = int(value)
+  if hint is int and isinstance(value, int):
+    _require(abs(value) < LARGEST_NUMBER, path, value, f"below {LARGEST_NUMBER:.0e}")
   _require(
     isinstance(value, hint) and (hint is bool or not isinstance(value, bool)),
     path,
@@ -195,6 +204,8 @@ def apply_values(config: ConfigDict, values: Mapping[str, Any]) -> None:
     old = _find(config, dotted)
     if isinstance(old, ConfigDict) and (old.is_locked or not isinstance(value, dict)):
       raise ConfigError(f'config key "{dotted}" is a group; set one of its keys instead')
+    if isinstance(value, bool) and isinstance(old, int | float) and not isinstance(old, bool):
+      raise ConfigError(f'config key "{dotted}" is {value!r}; it must be a number')
     _set(config, dotted, value)
   for dotted, default in details_without_effect(values).items():
     _set(config, dotted, default)
@@ -230,7 +241,10 @@ def _set(config: ConfigDict, dotted: str, value: Any) -> None:
   *groups, key = dotted.split(".")
   for name in groups:
     config = config[name]
-  config[key] = value
+  try:
+    config[key] = value
+  except ValueError as error:  # a mapping with dots in its keys
+    raise ConfigError(f'config key "{dotted}": {error}') from error
 
 
 def _set_keys(group: ConfigDict, values: Mapping[str, Any]) -> None:
@@ -261,7 +275,14 @@ def load_experiment(spec: str, overrides: Mapping[str, str] | None = None) -> Co
     ConfigError: no such file, no get_config in it, or an override that does not fit.
   """
   path, _, arg = spec.partition(":")
-  config = load_experiment_module(path).get_config(arg or None)
+  module = load_experiment_module(path)
+  with _mistakes_named(path):
+    config = module.get_config(arg or None)
+  if not isinstance(config, ConfigDict):
+    raise ConfigError(
+      f'get_config of "{path}" returned a {type(config).__name__}; it must be a ConfigDict, as'
+      " gptjax.config.to_config_dict makes it"
+    )
   apply_overrides(config, overrides or {})
   return config
 
@@ -277,7 +298,8 @@ def load_variants(
   """
   config = load_experiment(spec, overrides)
   module = load_experiment_module(spec.partition(":")[0])
-  variants = module.get_variants(config) if hasattr(module, "get_variants") else {"": {}}
+  with _mistakes_named(spec.partition(":")[0]):
+    variants = module.get_variants(config) if hasattr(module, "get_variants") else {"": {}}
   configs = {}
   for name, settings in variants.items():
     variant = config.copy_and_resolve_references()
@@ -299,22 +321,45 @@ def load_sweep(spec: str) -> Any:
   if not hasattr(module, "get_sweep"):
     raise ConfigError(f'"{path}" has no get_sweep(); see docs/sweep.md')
   takes_argument = inspect.signature(module.get_sweep).parameters
-  return module.get_sweep(arg or None) if takes_argument else module.get_sweep()
+  with _mistakes_named(path):
+    return module.get_sweep(arg or None) if takes_argument else module.get_sweep()
 
 
 @functools.cache
 def load_experiment_module(path: str) -> types.ModuleType:
   """Imports an experiment file from its path."""
   file = Path(path)
-  if not file.is_file():
-    siblings = [str(p) for p in file.parent.glob("*.py")] if file.parent.is_dir() else []
+  if not file.is_file() or file.suffix != ".py":
+    siblings = [str(p) for p in file.parent.glob("*.py")] if path and file.parent.is_dir() else []
     raise ConfigError(f'no experiment file "{path}"{did_you_mean(path, siblings)}')
   module_spec = importlib.util.spec_from_file_location(f"gptjax_experiment_{file.stem}", file)
   module = importlib.util.module_from_spec(module_spec)
-  module_spec.loader.exec_module(module)
+  with _mistakes_named(path):
+    module_spec.loader.exec_module(module)
   if not hasattr(module, "get_config"):
     raise ConfigError(f'"{path}" has no get_config(arg); see experiments/shakespeare.py')
   return module
+
+
+@contextlib.contextmanager
+def _mistakes_named(path: str) -> Iterator[None]:
+  """Turns what an experiment file raises into one line that says where."""
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == Path(path).absolute()]
+    lines = lines or [frame.lineno for frame in frames if Path(frame.filename) == Path(path)]
+    if isinstance(error, SyntaxError):
+      lines = [error.lineno]
+    where = f" line {lines[-1]}" if lines else ""
+    said = re.search(r'Did you mean "(.*?)" instead of "(.*?)"', str(error))  # a ConfigDict's
+    reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    if said:
+      reason = f'unknown config key "{said[2]}"; did you mean "{said[1]}"?'
+    raise ConfigError(f'"{path}"{where}: {reason[:200]}') from error
 
 
 def shrink(config: ConfigDict) -> None:

@@ -251,7 +251,7 @@ def test_a_row_is_found_in_its_file(tmp_path, monkeypatch):
     # A row may begin or end inside a character, whose bytes are then named whole.
     assert prepared.tokenizer.decode(ids).strip("\ufffd") in joined.decode()
     assert len(joined) <= prepared.tokenizer.bytes_of_token[ids].sum() + 4
-  with pytest.raises(DataError, match="row 4 is not in batch 1"):
+  with pytest.raises(DataError, match="row 4 is not in that batch"):
     batches.locate(1, 4)
   (tmp_path / "a.txt").write_text(text.replace("quick", "quiet"))
   with pytest.raises(DataError, match="has changed since"):

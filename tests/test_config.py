@@ -196,3 +196,54 @@ def test_a_missing_experiment_names_the_nearest(tmp_path):
     load_experiment(f"{tmp_path}/shakspeare.py")
   with pytest.raises(ConfigError, match="get_config"):
     load_experiment(f"{tmp_path}/shakespeare.py")
+
+
+@pytest.mark.parametrize(
+  "override, expected",
+  [
+    ({"optimizer.learning_rate": "1e999"}, "optimizer.learning_rate is inf; it must be finite"),
+    ({"optimizer.learning_rate": "true"}, "learning_rate.* is True; it must be a number"),
+    ({"train.num_steps": "1e30"}, "train.num_steps is .*below 1e"),
+    ({"data.mixture": "{'c4.en': {'hub': 'a/b'}}"}, "data.mixture.*dots"),
+    ({"data.mixture": "{'c4/en': {'hub': 'a/b'}}"}, "data.mixture has the name"),
+  ],
+)
+def test_what_no_run_can_use_is_one_line(override, expected):
+  config = to_config_dict(PretrainConfig())
+  with pytest.raises(ConfigError, match=expected) as error:
+    apply_overrides(config, override)
+    from_config_dict(PretrainConfig, config)
+  assert "\n" not in str(error.value)
+
+
+IMPORTS = """from gptjax.config import to_config_dict
+from gptjax.train.config import PretrainConfig
+def get_config(arg=None):
+  config = to_config_dict(PretrainConfig())
+"""
+
+
+@pytest.mark.parametrize(
+  "text, expected",
+  [
+    (IMPORTS + "  config.modle = 1\n", 'line 5: unknown config key "modle"; did you mean "model"'),
+    (IMPORTS + "  config.train.num_steps = 1 / 0\n", "line 5: ZeroDivisionError: division by zero"),
+    (IMPORTS + "  return {}\n", "returned a dict; it must be a ConfigDict"),
+    (IMPORTS + "  return (\n", "line 5: SyntaxError"),
+    ("import nowhere\n", "line 1: ModuleNotFoundError: No module named 'nowhere'"),
+    ("def get_config():\n  pass\n", "TypeError: get_config"),
+  ],
+)
+def test_mistakes_in_an_experiment_are_one_line_that_says_where(tmp_path, text, expected):
+  file = tmp_path / "experiment.py"
+  file.write_text(text)
+  with pytest.raises(ConfigError) as error:
+    load_experiment(str(file))
+  assert str(file) in str(error.value) and expected in str(error.value)
+  assert "\n" not in str(error.value)
+
+
+def test_only_python_files_are_experiments(tmp_path):
+  (tmp_path / "n.bin").write_bytes(b"")
+  with pytest.raises(ConfigError, match="no experiment file"):
+    load_experiment(f"{tmp_path}/n.bin")

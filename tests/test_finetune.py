@@ -329,10 +329,11 @@ def test_layers_and_new_rows_are_fresh_where_they_should_be(folder):
 
 @pytest.mark.slow
 def test_pretraining_starts_from_a_finetuned_model_without_its_head(run, folder, capsys):
+  folder.joinpath("plain.txt").write_text("the tea was warm and the day was long; " * 40)
   command = ["pretrain", "--config", "experiments/shakespeare.py:tiny", "--workdir", f"{folder}/on"]
   settings = {
     "init_from": run.path,
-    "data.files": f'["{folder}/train.tsv"]',
+    "data.files": f'["{folder}/plain.txt"]',
     "data.cache_dir": folder / "tokens",
     "data.tokenizer": run.path,
     "train.num_steps": 1,
@@ -345,6 +346,7 @@ def test_pretraining_starts_from_a_finetuned_model_without_its_head(run, folder,
   assert 'its "task_head" is left out' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_finetuned_model_generates(run, capsys):
   arguments = ["--prompt", "the tea", "--max-new-tokens", "4", "--json"]
   assert main(["generate", "--model", str(run.path), *arguments]) == 0

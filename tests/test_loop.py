@@ -1,8 +1,11 @@
 """The loop alone, with counters for a model: which lines, events and saves a stop leaves."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from gptjax.train import loop
 from gptjax.train.loop import DivergedError, Event, Loop
 
 
@@ -20,7 +23,9 @@ def metrics(loss, in_row):
 class Recorder:
   """Runs a loop whose state is the number of updates done."""
 
-  def __init__(self, num_steps=10, stop_at=None, bad_from=None, enough_at=None):
+  def __init__(
+    self, num_steps=10, stop_at=None, bad_from=None, enough_at=None, save_every_steps=100
+  ):
     self.lines, self.saves, self.sampled, self.diagnosed = [], [], [], []
 
     def train_step(state, batch):
@@ -35,7 +40,7 @@ class Recorder:
         Event(5, lambda step, state: self.sampled.append(step), "sampling"),
       ],
       save=lambda step, state, line: self.saves.append(step),
-      save_every_steps=100,
+      save_every_steps=save_every_steps,
       write=lambda step, line: self.lines.append((step, "valid_loss" in line)),
       show=lambda step, line: None,
       status=lambda name: None,
@@ -85,6 +90,39 @@ def test_what_is_enough_is_asked_of_evaluations_and_saves():
 @pytest.mark.parametrize("bad_from", [1, 4])
 def test_what_went_bad_is_looked_for_in_the_batch_of_the_failing_update(bad_from):
   run = Recorder(bad_from=bad_from)
-  with pytest.raises(DivergedError, match=f"up to step {bad_from + 2} .*init_from"):
+  with pytest.raises(DivergedError, match=f"up to step {bad_from + 2} .*start again in a new"):
     run.run()
   assert run.diagnosed == [bad_from + 2]
+
+
+def test_bad_updates_are_not_saved_over_the_good_ones():
+  run = Recorder(bad_from=5, save_every_steps=2)
+  with pytest.raises(DivergedError, match=r"checkpoint, of step 4, is from before.* init_from"):
+    run.run()
+  assert run.saves == [2, 4]
+  # The last update is saved as always.
+  run = Recorder(bad_from=5, save_every_steps=2, num_steps=6)
+  assert run.run() == 6
+  assert run.saves == [2, 4, 6]
+
+
+def test_the_rate_leaves_out_updates_that_compile(monkeypatch):
+  """An update takes a second, and one of another shape a hundred to be compiled first."""
+  now, rates, seen = [0.0], [], set()
+  monkeypatch.setattr(loop.time, "perf_counter", lambda: now[0])
+  run = Recorder(num_steps=12)
+
+  def train_step(state, batch):
+    now[0] += 1.0 if batch.shape in seen else 100.0
+    seen.add(batch.shape)
+    return state + 1, metrics(1.0, 0)
+
+  recording = dataclasses.replace(
+    run.loop,
+    train_step=train_step,
+    events=(),
+    show=lambda step, line: rates.append(line.get("tokens_per_second")),
+  )
+  recording.run(0, (np.zeros(3 if step < 6 else 4) for step in range(12)), 0)
+  # Numbers are looked at one update late, so that the first ones are low.
+  assert rates[0] is None and min(rates[1:]) >= 4.0

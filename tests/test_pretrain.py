@@ -219,6 +219,13 @@ def test_two_processes_share_one_model_and_end_together(folder):
 
 
 BAD = {
+  "a batch of many times the memory": (["train.batch_rows=100000000"], "a device needs"),
+  "a profile after the end": (
+    ["train.profile_num_steps=1", "train.profile_start_step=100"], "profile_start_step is 100"
+  ),
+  "a pattern of nothing": (["optimizer.decay_pattern=kernl"], "matches no parameter"),
+  "all frozen": (["optimizer.frozen_pattern=."], "matches every parameter"),
+  "a letter as the end": (["data.end_token=e"], "make it longer"),
   "unknown key": (["model.num_layer=3"], "num_layers"),
   "wrong type": (["train.num_steps=many"], "train.num_steps"),
   "missing file": (["data.files=['nowhere/*.txt']"], "nowhere"),

@@ -43,6 +43,20 @@ def run(tmp_path):
 # Whose run it is
 
 
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "metrics.jsonl", "report.html"])
+def test_a_folder_of_other_files_is_left_alone(tmp_path, name):
+  (tmp_path / name).write_text('{"architectures": ["GPTJForCausalLM"]}')
+  with pytest.raises(CheckpointError, match=f"is no run and has {name}.*choose another --workdir"):
+    RunDirectory(tmp_path).create_or_check(to_json(CONFIG), FakeTokenizer("{}"))
+  assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_bucket_without_its_package_names_it(monkeypatch):
+  monkeypatch.setattr(run_directory_lib, "find_spec", lambda name: None)
+  with pytest.raises(CheckpointError, match=r"gcsfs; run .*\[cloud\]"):
+    RunDirectory("gs://bucket/run")
+
+
 def test_creates_then_recognises_the_same_run(tmp_path):
   run = RunDirectory(tmp_path / "run")
   assert not run.create_or_check(to_json(CONFIG), FakeTokenizer('{"é": "語"}'))
@@ -211,7 +225,8 @@ def test_without_appending_files_are_uploaded_whole_on_flush(run, monkeypatch):
   assert run.read_metrics() == remote.read_metrics() == [{"step": 1}]
 
 
-def test_object_stores_are_recognised():
+def test_object_stores_are_recognised(monkeypatch):
+  monkeypatch.setattr(run_directory_lib, "find_spec", lambda name: name)  # gcsfs
   for path in ("gs://bucket/run", "s3://bucket/run"):
     assert run_directory_lib.is_remote(path)
     assert str(RunDirectory(path).metrics_path) == f"{path}/metrics.jsonl"

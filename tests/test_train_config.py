@@ -17,6 +17,13 @@ BAD = {
   "eval.max_rows": -1,
   "eval.sample_tokens": -1,
   "eval.sample_temperature": -0.1,
+  "eval.batch_rows ": 10**9,
+  "eval.sample_tokens ": 10**9,
+  "train.host_devices": 10**6,
+  "optimizer.end_fraction": 5.0,
+  "optimizer.warmup_fraction": 5.0,
+  "optimizer.weight_decay": -1.0,
+  "model.num_layers": 10**12,
   "train.num_steps": 0,
   "train.num_tokens": 0,
   "train.num_epochs": math.nan,
@@ -40,8 +47,8 @@ BAD = {
 
 @pytest.mark.parametrize("key", BAD)
 def test_a_value_out_of_range_is_named(key):
-  group, _, name = key.partition(".")
-  with pytest.raises(ConfigError, match=key.replace(".", r"\.")) as error:
+  group, _, name = key.strip().partition(".")
+  with pytest.raises(ConfigError, match=rf"{group}\.{name}") as error:
     GROUPS[group](**{name: BAD[key]})
   assert "\n" not in str(error.value)
 

@@ -14,6 +14,7 @@ import os
 import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,15 @@ class RunDirectory:
   """
 
   def __init__(self, path: str | os.PathLike):
-    """Names a run directory; nothing is touched."""
+    """Names a run directory; nothing is touched.
+
+    Raises:
+      CheckpointError: it is on an object store, and the package that reaches it is missing.
+    """
+    if os.fspath(path).startswith("gs://") and not find_spec("gcsfs"):
+      raise CheckpointError(
+        f"\"{path}\" needs the package gcsfs; run `.venv/bin/pip install -e '.[cloud]'`"
+      )
     self.path = epath.Path(path).expanduser()
     self.config_path = self.path / "config.json"
     self.tokenizer_path = self.path / "tokenizer.json"
@@ -82,6 +91,7 @@ class RunDirectory:
     if is_begun:
       self.check(config_json, tokenizer, changeable, data)
     else:
+      self._check_ours()
       self.drop_after(0)
     _replace(self.config_path, config_json)
     if tokenizer is not None:
@@ -89,6 +99,19 @@ class RunDirectory:
     if data is not None:
       _replace(self.data_path, json.dumps(data, indent=2) + "\n")
     return exists
+
+  def _check_ours(self) -> None:
+    """Raises CheckpointError where files would be overwritten that are of no run."""
+    if is_run_directory(self.path):
+      return
+    files = (self.config_path, self.tokenizer_path, self.data_path, self.metrics_path)
+    files += (self.samples_path, self.report_path, self.results_path, self.predictions_path)
+    there = [file.name for file in files if file.exists()]
+    if there:
+      raise CheckpointError(
+        f'"{self.path}" is no run and has {", ".join(there)}, which a run would overwrite; choose'
+        " another --workdir"
+      )
 
   def check(
     self,
@@ -103,7 +126,7 @@ class RunDirectory:
       (self.tokenizer_path, tokenizer and _tokenizer_text(tokenizer), "the tokenizer of"),
       (self.data_path, data and json.dumps(data, indent=2) + "\n", "what was found in"),
     ):
-      if text is not None and path.exists() and path.read_text() != text:
+      if text is not None and path.exists() and path.read_bytes() != text.encode():
         raise CheckpointError(
           f'"{path}" is not {name} this config\'s data; choose another --workdir, or restore the'
           " data the run was started on"
@@ -116,7 +139,9 @@ class RunDirectory:
     except FileNotFoundError:
       raise CheckpointError(f'"{self.path}" is not a run directory: no config.json') from None
     except (ValueError, OSError, RecursionError) as error:
-      raise CheckpointError(f'"{self.config_path}" cannot be read: {error}') from error
+      raise CheckpointError(
+        f'"{self.config_path}" cannot be read: {error}; restore it, or choose another --workdir'
+      ) from error
     if not isinstance(config, dict):
       raise CheckpointError(f'"{self.config_path}" is not a JSON object')
     return config
@@ -340,7 +365,7 @@ def write_whole(path: epath.Path, text: str) -> None:
 
 
 def _replace(path: epath.Path, text: str) -> None:
-  if not path.exists() or path.read_text() != text:
+  if not path.exists() or path.read_bytes() != text.encode():
     write_whole(path, text)
 
 

@@ -197,7 +197,7 @@ class BatchSource:
     """
     num_rows = self.schedule.rows(batch)
     if not 0 <= row < num_rows:
-      raise DataError(f"row {row} is not in batch {batch}; its rows are 0 to {num_rows - 1}")
+      raise DataError(f"row {row} is not in that batch; its rows are 0 to {num_rows - 1}")
     corpus, index = self._order[self.schedule.rows_before(batch) + row]
     tokens, _ = self._prepared.corpora[self._names[corpus]]
     ranges = self._rows[corpus].token_ranges(index)

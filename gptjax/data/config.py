@@ -1,6 +1,7 @@
 """DataConfig: which text, which tokenizer, how it is cut into rows."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 
 from gptjax.errors import ConfigError, check_choice
@@ -75,6 +76,14 @@ class DataConfig(CorpusConfig):
   def __post_init__(self):
     super().__post_init__()
     check_choice("data.rows", self.rows, ("stream", "packed"))
+    for name in self.mixture:
+      if not re.fullmatch(r"\w[\w -]*", name):
+        raise ConfigError(
+          f'data.mixture has the name "{name}", which also names a folder; make it of letters,'
+          " digits, _ and -"
+        )
+    if self.vocab_size >= 2**31:
+      raise ConfigError(f"data.vocab_size is {self.vocab_size}; it must be below 2^31")
     if not self.cache_dir:
       raise ConfigError("data.cache_dir is empty; name a folder for the token files")
     if self.build_processes is not None and self.build_processes < 0:

@@ -210,12 +210,18 @@ def _read_csv(source: Source) -> Iterator[tuple[str, int, int]]:
         end += len(line)
         yield text
 
-    reader = csv.DictReader(lines())
-    _check_column(source, reader.fieldnames or [])
-    start = end
-    for record in reader:
-      yield _text_of(record, source, f'"{source.path}" line {reader.line_num}'), start, end
+    reader = csv.DictReader(lines(), strict=True)
+    try:
+      _check_column(source, reader.fieldnames or [])
       start = end
+      for record in reader:
+        place = f'"{source.path}" line {reader.line_num}'
+        if None in record:
+          raise DataError(f"{place} has more fields than the header has names; quote the commas")
+        yield _text_of(record, source, place), start, end
+        start = end
+    except csv.Error as error:
+      raise DataError(f'"{source.path}" after line {reader.line_num} is no CSV: {error}') from error
 
 
 def _read_parquet(source: Source) -> Iterator[tuple[str, int, int]]:
@@ -289,7 +295,7 @@ def _file_source(path: str, text_column: str) -> Source:
 def _nearest_file(path: str) -> str:
   folder = Path(path).parent
   names = [str(file) for file in folder.iterdir()] if folder.is_dir() else []
-  return did_you_mean(path, names) if len(names) < 50 else ""
+  return did_you_mean(path, names) if len(names) < 20 else ""
 
 
 def _skip_byte_order_mark(file: BinaryIO) -> int:
@@ -311,7 +317,7 @@ def parse_json(line: str, place: str) -> dict:
   """Reads one JSON object. Raises DataError, with the place, for anything else."""
   try:
     record = json.loads(line)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise DataError(f"{place} is not JSON: {error}") from error
   if not isinstance(record, dict):
     raise DataError(f"{place} is {line[:40]!r}; each record must be one object")

@@ -244,8 +244,17 @@ def _make_tokenizer(config: DataConfig, inputs: Mapping[str, _Inputs], cache: Pa
         made = train_bpe(sample, config.vocab_size, config.end_token)
     made.save(temporary)
 
-  build_once(file, Path.is_file, build)
+  build_once(file, _is_json, build)
   return load_tokenizer(file, config.end_token)
+
+
+def _is_json(path: Path) -> bool:
+  """Whether a file is there and was written to its end."""
+  try:
+    json.loads(path.read_bytes())
+  except (OSError, ValueError):
+    return False
+  return True
 
 
 def _all_texts(inputs: Iterable[_Inputs], advance: Callable[[int], None]) -> Iterator[str]:

@@ -338,6 +338,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, end_token: str = "<|endofte
     raise DataError(
       f"data.vocab_size is {vocab_size}; a byte-level BPE needs at least {256 + len(special)}"
     )
+  if end_token in pre_tokenizers.ByteLevel.alphabet():
+    raise DataError(f'data.end_token "{end_token}" is how a byte is written; make it longer')
   backend = byte_level(models.BPE())
   trainer = trainers.BpeTrainer(
     vocab_size=vocab_size,

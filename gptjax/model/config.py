@@ -112,8 +112,10 @@ class ModelConfig:
     sizes = ("context_length", "num_layers", "model_dim", "num_heads", "window_size")
     optional_sizes = ("vocab_size", "head_dim", "ffw_dim", "rotary_dim", "mup_base_dim")
     for key in (*sizes, *optional_sizes, "vocab_multiple"):
-      if getattr(self, key) is not None and getattr(self, key) < 1:
-        raise ConfigError(f"model.{key} is {getattr(self, key)}; it must be at least 1")
+      if getattr(self, key) is not None and not 1 <= getattr(self, key) < 2**31:
+        raise ConfigError(
+          f"model.{key} is {getattr(self, key)}; it must be at least 1 and below 2^31"
+        )
     for key in ("init_std", "position_init_std", "norm_epsilon"):
       if not getattr(self, key) >= 0:
         raise ConfigError(f"model.{key} is {getattr(self, key)}; it must be at least 0")

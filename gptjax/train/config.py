@@ -20,6 +20,14 @@ def check_least(group: str, config: Any, **least: float) -> None:
       raise ConfigError(f"{group}.{key} is {value}; it must be at least {bound}")
 
 
+def check_most(group: str, config: Any, **most: float) -> None:
+  """Raises ConfigError for a value above its most; None is unset."""
+  for key, bound in most.items():
+    value = getattr(config, key)
+    if value is not None and value > bound:
+      raise ConfigError(f"{group}.{key} is {value}; it must be at most {bound}")
+
+
 def check_pattern(key: str, pattern: str) -> None:
   """Raises ConfigError for what is no regular expression."""
   try:
@@ -96,8 +104,9 @@ class OptimizerConfig:
       self,
       **dict.fromkeys(("learning_rate", "muon_learning_rate", "clip_norm", "epsilon"), 0),
       **dict.fromkeys(("warmup_steps", "warmup_tokens", "warmup_fraction"), 0),
-      **dict.fromkeys(("decay_steps", "decay_tokens", "end_fraction"), 0),
+      **dict.fromkeys(("decay_steps", "decay_tokens", "end_fraction", "weight_decay"), 0),
     )
+    check_most("optimizer", self, end_fraction=1, warmup_fraction=1)
     for key in ("decay_pattern", "frozen_pattern"):
       check_pattern(f"optimizer.{key}", getattr(self, key))
 
@@ -184,6 +193,7 @@ class TrainConfig:
       **dict.fromkeys(("keep_every_steps", "spike_sigmas"), 0),
       **dict.fromkeys(("profile_start_step", "profile_num_steps", "peak_flops_per_second"), 0),
     )
+    check_most("train", self, host_devices=1024, distributed_timeout_seconds=10**6)
     if self.num_epochs is not None and not 0 < self.num_epochs < math.inf:
       raise ConfigError(f"train.num_epochs is {self.num_epochs}; it must be above 0 and finite")
     if self.batch_rows % self.accumulation:
@@ -217,6 +227,7 @@ class EvalConfig:
     check_least(
       "eval", self, batch_rows=1, every_steps=0, max_rows=0, sample_tokens=0, sample_temperature=0
     )
+    check_most("eval", self, batch_rows=10**6, sample_tokens=10**6)
 
   @property
   def has_samples(self) -> bool:

@@ -51,6 +51,10 @@ def load_initial(config: PretrainConfig, parallel: Parallel) -> PyTree:
 def _spell_out(model: ModelConfig) -> dict[str, Any]:
   """Returns what both models must have in common: shapes and functions."""
   fields = spell_out(model) | {"vocab_multiple": model.vocab_multiple}
-  repeats = model.num_layers // len(model.attention_pattern)
-  fields["attention_pattern"] = model.attention_pattern * repeats
+  # ("global", "global") is ("global",).
+  pattern = model.attention_pattern
+  periods = (p for p in range(1, len(pattern) + 1) if len(pattern) % p == 0)
+  fields["attention_pattern"] = next(
+    pattern[:p] for p in periods if pattern == pattern[:p] * (len(pattern) // p)
+  )
   return {key: fields[key] for key in fields if key not in ("family", *TRAINING_FIELDS)}

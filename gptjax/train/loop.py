@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 from gptjax.errors import UserError
 from gptjax.train.step import TrainState
@@ -52,8 +53,8 @@ class Loop:
     train_step: `train_step(state, batch) -> (state, metrics)`.
     num_steps: updates of the whole run.
     events: in the order they run.
-    save: `save(step, state, line)`, called every save_every_steps, after the last update, and
-      when the run is interrupted.
+    save: `save(step, state, line)`, called every save_every_steps unless that update was bad,
+      after the last update, and when the run is interrupted.
     save_every_steps: updates between saves.
     write: takes (step, values) for metrics.jsonl and the trackers.
     show: takes (step, values) after every update.
@@ -103,38 +104,52 @@ class Loop:
     """
     clock = _Clock()
     pending = None
-    step = start_step
+    step = saved_step = start_step
     batches = iter(batches)
+    compiled = set()
     while step < self.num_steps:
       self.profile(step)
       batch = next(batches)
+      shapes = tuple(map(np.shape, jax.tree.leaves(batch)))
+      is_compiling = shapes not in compiled
+      if is_compiling:
+        compiled.add(shapes)
+        clock.stop()
       state, metrics = self.train_step(state, batch)
       step += 1
       if pending is not None:
-        self._look(*pending, clock, state)
+        self._look(*pending, clock, state, saved_step)
       pending = (step, metrics, batch)
       is_stopped = self.should_stop(step) and step < self.num_steps
       due = [event for event in self.events if event.is_due(step, self.num_steps)]
       is_save_due = step % self.save_every_steps == 0 or step == self.num_steps
-      if due or is_save_due or is_stopped or step == start_step + 1:
-        line = self._look(*pending, clock, state, is_logged=bool(due))
+      if due or is_save_due or is_stopped or is_compiling:
+        line, bad_in_row = self._look(*pending, clock, state, saved_step, is_logged=bool(due))
         pending = None
         if due:
           self._run_events([] if is_stopped else due, step, state, line)
         if any(event.measures for event in due) and not is_stopped:
           is_stopped = self.is_enough(step, line)
+        # Bad updates must not push the checkpoints from before them out.
+        is_save_due &= not bad_in_row or step == self.num_steps
         if is_save_due or is_stopped:
           self.status("saving")
           self.save(step, state, line)
+          saved_step = step
         clock.restart()
       if is_stopped:
         break
     return state, step
 
-  def _look(self, step, metrics, batch, clock, state, is_logged=False) -> Line:
+  def _look(
+    self, step, metrics, batch, clock, state, saved_step, is_logged=False
+  ) -> tuple[Line, int]:
     """Reads the numbers of an update that may still run, shows them, writes them when due.
 
     The state may be that after one more update: of a bad update it is the same.
+
+    Returns:
+      (the line of metrics, how many updates in a row were bad).
     """
     metrics = jax.device_get(metrics)
     tokens_per_second = clock.tick(float(metrics.pop("tokens")))
@@ -150,15 +165,20 @@ class Loop:
     self.show(step, line)
     if in_row >= self.max_bad_steps:
       self.write(step, line)
+      remedy = "start again in a new --workdir, with a lower optimizer.learning_rate"
+      if saved_step:
+        remedy = (
+          f"the last checkpoint, of step {saved_step}, is from before them. Raise"
+          f" train.max_bad_steps to go on from it, or {remedy} and init_from"
+        )
       raise DivergedError(
         f"{in_row} updates in a row were skipped, up to step {step} (train_loss"
         f" {line['train_loss']}, grad_norm {line['grad_norm']}): {self.diagnose(state, batch)};"
-        " the last checkpoint is from before them. Raise train.max_bad_steps to go on, or start"
-        " from it in a new --workdir: init_from, and a lower optimizer.learning_rate"
+        f" {remedy}"
       )
     if not is_logged and (step % self.log_every_steps == 0 or is_skipped):
       self.write(step, line)
-    return line
+    return line, in_row
 
   def _run_events(self, due: Sequence[Event], step: int, state: TrainState, line: Line) -> None:
     for event in due:
@@ -179,13 +199,17 @@ class _Clock:
   def __init__(self):
     self._tokens, self._started, self._rate = 0.0, None, None
 
+  def stop(self) -> None:
+    """Counts nothing until the next restart: an update that compiles says nothing of the rate."""
+    self._started = None
+
   def restart(self) -> None:
     self._tokens, self._started = 0.0, time.perf_counter()
 
   def tick(self, tokens: float) -> float | None:
-    """Counts an update; returns the rate, None while only the compiling update was seen."""
+    """Counts an update; returns the rate, the one before while stopped, None if none was seen."""
     if self._started is None:
-      return None
+      return self._rate
     self._tokens += tokens
     self._rate = self._tokens / (time.perf_counter() - self._started)
     return self._rate

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,7 @@ from gptjax.checkpoint.run_directory import RunDirectory
 from gptjax.checkpoint.store import CheckpointStore
 from gptjax.data.prefetch import prefetch
 from gptjax.data.tokenizer import Tokenizer
+from gptjax.errors import ConfigError
 from gptjax.generate.sample import sample_long
 from gptjax.model.parameters import count_parameters
 from gptjax.train import hardware
@@ -37,8 +39,11 @@ from gptjax.train.setup import (
   start_devices,
 )
 from gptjax.train.step import Objective, TrainState, describe_not_finite
+from gptjax.tree import named_leaves
 
 PyTree = Any
+# The estimate is right within a factor of two; a run of many times the memory is not begun.
+HOPELESS_MEMORY = 10
 # Told (step, line of metrics) after each evaluation; True saves and ends the run.
 IsEnough = Callable[[int, Line], bool]
 
@@ -74,6 +79,7 @@ def launch(
       if is_first:
         stack.enter_context(run.lock())
       training = prepare(parallel, run, started)
+      training.check()
       identity = (
         config_lib.to_json(training.config),
         training.tokenizer,
@@ -116,6 +122,25 @@ class TrainingRun:
   seconds_before: float = 0.0
   is_enough: IsEnough = never
   best_metric: str = "valid_loss"
+
+  def check(self) -> None:
+    """Raises ConfigError for what can have no effect on these parameters in these updates."""
+    names = list(named_leaves(self.specs()))
+    for key in ("decay_pattern", "frozen_pattern"):
+      pattern = getattr(self.config.optimizer, key)
+      num_matching = sum(bool(pattern and re.search(pattern, name)) for name in names)
+      is_all_frozen = key == "frozen_pattern" and num_matching == len(names)
+      if is_all_frozen or (pattern and not num_matching):
+        raise ConfigError(
+          f'optimizer.{key} "{pattern}" matches {"every" if num_matching else "no"} parameter;'
+          f" their paths are {', '.join(names)}"
+        )
+    train = self.config.train
+    if train.profile_num_steps and train.profile_start_step >= self.num_steps:
+      raise ConfigError(
+        f"train.profile_start_step is {train.profile_start_step}, and the run has"
+        f" {self.num_steps} updates; lower it to see a profile"
+      )
 
   def describe_data(self) -> dict[str, Any]:
     """Returns what tells the data of this run from others, wherever they lie."""
@@ -221,6 +246,8 @@ class TrainingRun:
         if not self.has_converged():  # nor had it when it was interrupted
           state, step = loop.run(state, batches, start_step)
         self.store.wait()  # while signals are still polite requests
+      if bad := int(state.health.skipped_in_row):
+        say(f"warning: the last {bad} updates were skipped; the model is the one from before them")
       is_complete = step == self.num_steps or self.has_converged()
       if is_complete:
         self.finish(state, step)
@@ -264,10 +291,13 @@ class TrainingRun:
     )
     room = hardware.available_bytes(jax.local_devices()[0])
     if room and estimate.total > room:
-      say(
-        f"warning: that is more than the {report.format_bytes(room)} there are; lower"
-        " train.batch_rows, raise train.accumulation, or set model.remat, train.loss_chunk_tokens"
+      words = (
+        f"that is more than the {report.format_bytes(room)} there are; lower train.batch_rows,"
+        " raise train.accumulation, or set model.remat, train.loss_chunk_tokens"
       )
+      if estimate.total > HOPELESS_MEMORY * room:
+        raise ConfigError(f"a device needs {report.format_bytes(estimate.total)}: {words}")
+      say(f"warning: {words}")
 
   def abstract_state(self) -> PyTree:
     """Describes the state of the run, for restoring it."""

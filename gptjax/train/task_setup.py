@@ -16,7 +16,6 @@ from gptjax.model.parameters import model_specs, task_head_specs
 from gptjax.train.finetune_config import FinetuneConfig, ResolvedFinetuneConfig
 from gptjax.train.setup import say
 from gptjax.train.transfer import Origin
-from gptjax.tree import named_leaves, split_named
 
 # Under LoRA the model itself stays as it is, but for the head.
 LORA_FROZEN_PATTERN = r"^(decoder|lm_head)/"
@@ -87,7 +86,7 @@ def resolve_config(
   """Fills in the architecture, the labels, the class weights, the length, and what is frozen.
 
   Raises:
-    ConfigError: class weights that do not fit the labels, patterns that match nothing, no length.
+    ConfigError: class weights that do not fit the labels, no length.
   """
   settings, optimizer, train = config.finetune, config.optimizer, config.train
   settings = dataclasses.replace(
@@ -99,14 +98,7 @@ def resolve_config(
   train = dataclasses.replace(train, num_steps=num_steps, num_epochs=None)
   fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
   fields |= {"model": origin.model, "data": examples.data.config, "finetune": settings}
-  resolved = ResolvedFinetuneConfig(**fields | {"optimizer": optimizer, "train": train})
-  trained, frozen = map(named_leaves, split_named(param_specs(resolved), optimizer.frozen_pattern))
-  if not trained or (optimizer.frozen_pattern and not frozen):
-    raise ConfigError(
-      f'optimizer.frozen_pattern "{optimizer.frozen_pattern}" matches'
-      f" {'no' if trained else 'every'} parameter; their paths are {', '.join(trained or frozen)}"
-    )
-  return resolved
+  return ResolvedFinetuneConfig(**fields | {"optimizer": optimizer, "train": train})
 
 
 def _class_weights(config: FinetuneConfig, examples: TaskExamples) -> tuple[float, ...]:
