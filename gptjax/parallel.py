@@ -408,7 +408,7 @@ class MeshParallel(Parallel):
       shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
       return jax.jit(function, donate_argnums=0, out_shardings=(shardings, self._replicated))
 
-    return Program(step, None, build, self._scope, self._blocks)
+    return Program(step, None, build, self._scope, self._blocks, depends_on=jax.tree.structure)
 
   def compile_eval(self, function: Callable) -> "Program":
     def build(function, state):
@@ -491,7 +491,8 @@ class Program:
       something has another shape than before.
   """
 
-  def __init__(self, function, axis_name, build, scope, blocks: bool):
+  def __init__(self, function, axis_name, build, scope, blocks, depends_on=lambda state: None):
+    self._depends_on = depends_on  # what of a state `build` looks at
     self._function, self._axis_name = function, axis_name
     self._build, self._scope, self._blocks = build, scope, blocks
     self._compiled = {}
@@ -512,10 +513,10 @@ class Program:
       return self._program(state).lower(state, batch)
 
   def _program(self, state: PyTree) -> Callable:
-    structure = jax.tree.structure(state)
-    if structure not in self._compiled:
-      self._compiled[structure] = self._build(self._trace, state)
-    return self._compiled[structure]
+    key = self._depends_on(state)
+    if key not in self._compiled:
+      self._compiled[key] = self._build(self._trace, state)
+    return self._compiled[key]
 
   def _trace(self, state: PyTree, batch: PyTree) -> PyTree:
     self.compile_count += 1

@@ -99,7 +99,10 @@ class LanguageModelObjective:
 
 @struct.dataclass
 class Health:
-  """Counts of skipped steps, and running moments of loss and gradient norm (index 0 and 1)."""
+  """Counts of skipped steps, and running moments of loss and gradient norm (index 0 and 1).
+
+  The moments, and the count of good steps that they are of, are kept where spikes are looked for.
+  """
 
   skipped: jax.Array
   skipped_in_row: jax.Array
@@ -193,7 +196,9 @@ def make_train_step(
       (state.params, state.opt_state, state.ema),
       (params, opt_state, ema),
     )
-    health = _update_health(state.health, watched_2, is_bad)
+    health = _count_bad(state.health, is_bad)
+    if spike_sigmas:
+      health = _update_moments(health, watched_2, is_bad)
     metrics = {f"train_{name}": mean for name, mean in means.items()} | {
       "grad_norm": grad_norm,
       "learning_rate": learning_rate(config, state.hyper, state.step),
@@ -334,7 +339,14 @@ def _is_bad(health: Health, watched_2, skip_nonfinite: bool, spike_sigmas: float
   return is_bad
 
 
-def _update_health(health: Health, watched_2: jax.Array, is_bad: jax.Array) -> Health:
+def _count_bad(health: Health, is_bad: jax.Array) -> Health:
+  return health.replace(
+    skipped=health.skipped + is_bad,
+    skipped_in_row=jnp.where(is_bad, health.skipped_in_row + 1, 0),
+  )
+
+
+def _update_moments(health: Health, watched_2: jax.Array, is_bad: jax.Array) -> Health:
   good_steps = health.good_steps + ~is_bad
   # A plain mean at first, then exponential.
   rate = 1 / jnp.minimum(good_steps, SPIKE_MEMORY_STEPS).astype(jnp.float32)
@@ -345,9 +357,7 @@ def _update_health(health: Health, watched_2: jax.Array, is_bad: jax.Array) -> H
   mean_2 = health.mean_2 + rate * difference_2
   variance_2 = (1 - rate) * (health.variance_2 + rate * jnp.square(difference_2))
 
-  return Health(
-    skipped=health.skipped + is_bad,
-    skipped_in_row=jnp.where(is_bad, health.skipped_in_row + 1, 0),
+  return health.replace(
     good_steps=good_steps,
     mean_2=jnp.where(is_bad, health.mean_2, mean_2),
     variance_2=jnp.where(is_bad, health.variance_2, variance_2),
