@@ -249,6 +249,15 @@ def test_placed_host_arrays_lie_as_an_initialised_state_does(options):
     np.testing.assert_array_equal(leaf, expected)
 
 
+def test_a_program_serves_states_of_more_than_one_structure():
+  parallel = make("mesh", mesh_fsdp=4)
+  program = parallel.compile_step(decay_step)
+  for names in (("weight",), ("weight", "adapter")):
+    state = parallel.init_state(lambda: dict.fromkeys(names, jnp.ones(8)))  # noqa: B023
+    state, _ = program(state, parallel.shard_batch(make_batch(0), 1))
+    np.testing.assert_allclose(state[names[-1]], 0.9, rtol=1e-6)
+
+
 class FakeDevice(types.SimpleNamespace):
   """A device of another machine, as jax's own tests fake them."""
 

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import pytest
 from test_rendezvous import free_port
 
 from gptjax.checkpoint.run_directory import RunDirectory
+from gptjax.checkpoint.store import CheckpointStore
 from gptjax.cli.main import main
 
 NUM_STEPS = 12
@@ -149,6 +151,25 @@ def test_a_finished_run_with_a_damaged_last_checkpoint_is_finished_again(
   messages = capsys.readouterr().err
   assert "checkpoint 12 skipped" in messages and "resuming after step 8" in messages
   assert losses_of(RunDirectory(copy)) == losses_of(run)
+
+
+def test_a_signal_is_a_polite_request_until_the_last_save_is_on_disk(folder, monkeypatch):
+  default, save, wait = signal.getsignal(signal.SIGTERM), CheckpointStore.save, CheckpointStore.wait
+  waits = []  # since the last save began: what a signal would do
+
+  def watched_save(*arguments, **options):
+    save(*arguments, **options)
+    waits.clear()
+
+  def watched_wait(store):
+    waits.append(signal.getsignal(signal.SIGTERM))
+    wait(store)
+
+  monkeypatch.setattr(CheckpointStore, "save", watched_save)
+  monkeypatch.setattr(CheckpointStore, "wait", watched_wait)
+  overrides = ("train.num_steps=1", "eval.sample_tokens=0", "data.valid_fraction=0")
+  assert pretrain(folder, folder / "polite", *overrides) == 0
+  assert waits and waits[0] is not default
 
 
 @pytest.mark.slow

@@ -1,13 +1,15 @@
-"""How one process of several ends when it fails alone."""
+"""What a run sets for its process, and how one process of several ends when it fails alone."""
 
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from gptjax.errors import DataError
-from gptjax.train.setup import ending_at_once
+from gptjax.train.config import PretrainConfig, TrainConfig
+from gptjax.train.setup import ending_at_once, start_devices
 
 
 @pytest.mark.parametrize("error", ["UserError('full\\ndisk')", "ValueError()"])
@@ -36,3 +38,9 @@ def test_a_single_process_leaves_as_always():
     ending_at_once(SimpleNamespace(process_count=1, process_index=0)),
   ):
     raise DataError("gone")
+
+
+def test_the_precision_of_one_run_is_not_that_of_the_next():
+  for name, expected in (("highest", "highest"), ("default", None)):
+    start_devices(PretrainConfig(train=TrainConfig(host_devices=8, matmul_precision=name)))
+    assert jax.config.jax_default_matmul_precision == expected

@@ -42,7 +42,7 @@ from gptjax.train.step import Objective, TrainState, describe_not_finite
 from gptjax.tree import named_leaves
 
 PyTree = Any
-# The estimate is right within a factor of two; a run of many times the memory is not begun.
+# The estimate is near (hardware.memory_estimate); a run of so many times the memory is not begun.
 HOPELESS_MEMORY = 10
 # Told (step, line of metrics) after each evaluation; True saves and ends the run.
 IsEnough = Callable[[int, Line], bool]
